@@ -1,0 +1,256 @@
+//! Durability: the port to whatever keeps sessions, inboxes, retained messages and wills.
+//!
+//! Owns the contract and the names of what is stored; the adapters own their formats. It decides
+//! nothing: what to write and when is the flush's business (`broker::flush`). All adapters pass
+//! the suite in `store::contract`.
+//!
+//! Start reading at [`Store`].
+
+pub mod embedded;
+pub mod memory;
+
+#[cfg(test)]
+mod contract;
+
+use std::fmt;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use crate::mqtt::topic::SubscribeOptions;
+use crate::mqtt::{Message, PacketId, ProtocolVersion, QoS, SubscriptionFilter};
+
+/// Durable state of all sessions. One writer: `write` is never called twice at a time.
+#[async_trait]
+pub(crate) trait Store: fmt::Debug + Send + Sync {
+    /// Everything needed to serve after a restart, except the messages that wait in inboxes.
+    ///
+    /// # Errors
+    /// `StoreError` if what is stored cannot be read; nothing must be served then.
+    async fn load(&self) -> Result<Stored, StoreError>;
+
+    /// Applies `changes` in order, all or none; on `Ok` they survive the loss of power.
+    ///
+    /// Each change may be applied twice without harm: replacing what is there, removing what is not.
+    ///
+    /// # Errors
+    /// `StoreError` when the outcome is unknown; the caller must acknowledge nothing of it.
+    async fn write(&self, changes: Arc<Vec<Change>>) -> Result<(), StoreError>;
+
+    /// The chunks of an inbox in key order, from the one whose key is `range.from` or follows it,
+    /// up to but without the key `range.before`; as many as fit into `range.bytes_max`, but at
+    /// least one if there is any. Sees every change of a `write` that has returned.
+    ///
+    /// # Errors
+    /// `StoreError` if they cannot be read; none of them is lost.
+    async fn read_inbox(&self, range: InboxRange) -> Result<Vec<Chunk>, StoreError>;
+
+    /// Ends all work; afterwards another process may open the same data.
+    async fn close(&self);
+}
+
+/// The outside failed us.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum StoreError {
+    #[error("{path}: {reason}")]
+    Unusable { path: String, reason: String },
+    #[error("{path} is in use by another midge")]
+    InUse { path: String },
+    #[error("store: {0}")]
+    Io(String),
+    #[error("store: {what} is damaged")]
+    Damaged { what: &'static str },
+}
+
+/// One incarnation of a session. A clean start makes a new one, so that whatever was written for
+/// the old one can never be read again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct SessionId(pub(crate) [u8; 12]);
+
+/// Where a message stands among all messages: the key order of every inbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct MessageId {
+    /// Hybrid logical clock of its flush: 48 bits of Unix milliseconds, 16 bits of counter.
+    pub(crate) hlc: u64,
+    /// The node that accepted it.
+    pub(crate) node: u32,
+    /// Its place in the flush.
+    pub(crate) index: u16,
+}
+
+/// Who a session belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Owner {
+    Client(Arc<str>),
+    /// The subscribers of `$share/{share}/{filter}`, who empty one inbox together.
+    Group(SubscriptionFilter),
+}
+
+/// What is kept of a session besides its subscriptions and messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SessionRecord {
+    pub(crate) owner: Owner,
+    pub(crate) session: SessionId,
+    pub(crate) version: ProtocolVersion,
+    /// Whether a Network Connection is open.
+    pub(crate) connected: bool,
+    /// Seconds that it outlives its connection; `u32::MAX` is for ever.
+    pub(crate) expiry_interval: u32,
+    /// Unix milliseconds at which it ends; absent while connected, or if it never does.
+    pub(crate) ends_at: Option<u64>,
+    pub(crate) will: Option<WillRecord>,
+}
+
+/// A Will that may still have to be published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WillRecord {
+    /// `expires_at` of the message is not set: its Message Expiry Interval starts when it is published.
+    pub(crate) message: Message,
+    /// Seconds.
+    pub(crate) message_expiry_interval: Option<u32>,
+    /// Seconds.
+    pub(crate) delay_interval: u32,
+    /// Unix milliseconds at which it is to be published; absent while connected.
+    pub(crate) due_at: Option<u64>,
+    /// For the authorisation when it is published.
+    pub(crate) user_name: Option<Arc<str>>,
+}
+
+/// One message waiting for one session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) id: MessageId,
+    /// The QoS it is to be delivered with: 1 or 2.
+    pub(crate) qos: QoS,
+    /// The RETAIN flag it is to be delivered with.
+    pub(crate) retain: bool,
+    pub(crate) subscription_identifiers: Option<Arc<[u32]>>,
+    pub(crate) message: Message,
+}
+
+/// The messages of one flush for one session: one stored value. Its key is the id of the first
+/// entry that it was written with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    pub(crate) key: MessageId,
+    /// In order; never empty.
+    pub(crate) entries: Vec<Entry>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct InboxRange {
+    pub(crate) session: SessionId,
+    pub(crate) from: MessageId,
+    pub(crate) before: MessageId,
+    pub(crate) bytes_max: usize,
+}
+
+/// A retained message, and who published it: a subscription with No Local must not get it back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Retained {
+    pub(crate) message: Message,
+    pub(crate) publisher: Arc<str>,
+}
+
+/// An outgoing QoS 2 exchange: which message a Packet Identifier stands for until PUBCOMP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct OutgoingExchange {
+    pub(crate) packet_id: PacketId,
+    /// The session in whose inbox the message lies: its own, or that of a share group.
+    pub(crate) inbox: SessionId,
+    pub(crate) message: MessageId,
+    /// PUBREC has come; only PUBREL and PUBCOMP are left.
+    pub(crate) received: bool,
+}
+
+/// One thing to make durable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Creates or replaces the record of `record.session`.
+    SaveSession(Box<SessionRecord>),
+    /// Removes a session with its subscriptions, exchanges and inbox. The inbox may be emptied
+    /// later, in the background, but can no longer be read.
+    EndSession(SessionId),
+    Subscribe {
+        session: SessionId,
+        filter: SubscriptionFilter,
+        options: SubscribeOptions,
+        identifier: Option<u32>,
+    },
+    Unsubscribe {
+        session: SessionId,
+        filter: SubscriptionFilter,
+    },
+    /// Adds a chunk to an inbox, or replaces the one of the same key.
+    Enqueue { session: SessionId, chunk: Chunk },
+    /// Removes a chunk whose messages are all done with.
+    Dequeue { session: SessionId, key: MessageId },
+    /// An incoming QoS 2 PUBLISH was accepted: its identifier is in use until PUBREL.
+    AwaitRelease {
+        session: SessionId,
+        packet_id: PacketId,
+    },
+    Release {
+        session: SessionId,
+        packet_id: PacketId,
+    },
+    /// Creates or replaces the exchange of `exchange.packet_id`.
+    SaveExchange {
+        session: SessionId,
+        exchange: OutgoingExchange,
+    },
+    EndExchange {
+        session: SessionId,
+        packet_id: PacketId,
+    },
+    /// Replaces the retained message of its topic.
+    Retain(Retained),
+    /// Removes the retained message of a topic.
+    ClearRetained(Arc<str>),
+}
+
+/// All that a restarted broker has to know.
+#[derive(Debug, Default)]
+pub(crate) struct Stored {
+    pub(crate) sessions: Vec<StoredSession>,
+    pub(crate) retained: Vec<Retained>,
+    /// The largest clock value in any key; new ones must be greater.
+    pub(crate) last_hlc: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct StoredSession {
+    pub(crate) record: SessionRecord,
+    pub(crate) subscriptions: Vec<StoredSubscription>,
+    pub(crate) awaiting_release: Vec<PacketId>,
+    pub(crate) exchanges: Vec<OutgoingExchange>,
+    pub(crate) inbox: InboxSummary,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct StoredSubscription {
+    pub(crate) filter: SubscriptionFilter,
+    pub(crate) options: SubscribeOptions,
+    pub(crate) identifier: Option<u32>,
+}
+
+/// What waits in an inbox.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct InboxSummary {
+    /// The key of the first chunk: reading from here skips what deletions left behind.
+    pub(crate) head: Option<MessageId>,
+    pub(crate) messages: u64,
+    /// The sum of [`Message::len`].
+    pub(crate) bytes: u64,
+}
+
+impl MessageId {
+    pub(crate) const MIN: Self = Self { hlc: 0, node: 0, index: 0 };
+    pub(crate) const MAX: Self = Self { hlc: u64::MAX, node: u32::MAX, index: u16::MAX };
+}
+
+impl fmt::Debug for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
