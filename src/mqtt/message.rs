@@ -87,7 +87,8 @@ impl Message {
     }
 
     pub fn topic(&self) -> &str {
-        std::str::from_utf8(&self.0[HEADER_BYTES..self.topic_end()]).expect("checked when it was made")
+        std::str::from_utf8(&self.0[HEADER_BYTES..self.topic_end()])
+            .expect("checked when it was made")
     }
 
     /// The Topic Name with its two length bytes, as a PUBLISH carries it.

@@ -1,5 +1,7 @@
 //! Reason Codes, section 2.4, and the Connect Return Codes of version 3.
 
+use super::packet::PacketType;
+
 /// A Reason Code. Several names of the specification share value 0 and 0x18 and so on; the name
 /// here is the one used where the code is most common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,6 +68,101 @@ impl ReasonCode {
             Self::BadUserNameOrPassword => 4,
             Self::NotAuthorized | Self::Banned | Self::BadAuthenticationMethod => 5,
             _ => 3,
+        }
+    }
+
+    /// The inverse of [`ReasonCode::connect_return_code`], for clients.
+    pub fn from_connect_return_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0 => Self::Success,
+            1 => Self::UnsupportedProtocolVersion,
+            2 => Self::ClientIdentifierNotValid,
+            3 => Self::ServerUnavailable,
+            4 => Self::BadUserNameOrPassword,
+            5 => Self::NotAuthorized,
+            _ => return None,
+        })
+    }
+
+    /// `None` for values that section 2.4 does not list.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        Some(match byte {
+            0x00 => Self::Success,
+            0x01 => Self::GrantedQoS1,
+            0x02 => Self::GrantedQoS2,
+            0x04 => Self::DisconnectWithWillMessage,
+            0x10 => Self::NoMatchingSubscribers,
+            0x11 => Self::NoSubscriptionExisted,
+            0x18 => Self::ContinueAuthentication,
+            0x19 => Self::ReAuthenticate,
+            0x80 => Self::UnspecifiedError,
+            0x81 => Self::MalformedPacket,
+            0x82 => Self::ProtocolError,
+            0x83 => Self::ImplementationSpecificError,
+            0x84 => Self::UnsupportedProtocolVersion,
+            0x85 => Self::ClientIdentifierNotValid,
+            0x86 => Self::BadUserNameOrPassword,
+            0x87 => Self::NotAuthorized,
+            0x88 => Self::ServerUnavailable,
+            0x89 => Self::ServerBusy,
+            0x8A => Self::Banned,
+            0x8B => Self::ServerShuttingDown,
+            0x8C => Self::BadAuthenticationMethod,
+            0x8D => Self::KeepAliveTimeout,
+            0x8E => Self::SessionTakenOver,
+            0x8F => Self::TopicFilterInvalid,
+            0x90 => Self::TopicNameInvalid,
+            0x91 => Self::PacketIdentifierInUse,
+            0x92 => Self::PacketIdentifierNotFound,
+            0x93 => Self::ReceiveMaximumExceeded,
+            0x94 => Self::TopicAliasInvalid,
+            0x95 => Self::PacketTooLarge,
+            0x96 => Self::MessageRateTooHigh,
+            0x97 => Self::QuotaExceeded,
+            0x98 => Self::AdministrativeAction,
+            0x99 => Self::PayloadFormatInvalid,
+            0x9A => Self::RetainNotSupported,
+            0x9B => Self::QoSNotSupported,
+            0x9C => Self::UseAnotherServer,
+            0x9D => Self::ServerMoved,
+            0x9E => Self::SharedSubscriptionsNotSupported,
+            0x9F => Self::ConnectionRateExceeded,
+            0xA0 => Self::MaximumConnectTime,
+            0xA1 => Self::SubscriptionIdentifiersNotSupported,
+            0xA2 => Self::WildcardSubscriptionsNotSupported,
+            _ => return None,
+        })
+    }
+
+    /// Whether the packet's own table of Reason Codes lists it, [MQTT-3.4.2-1] and its like.
+    pub(super) fn is_allowed_in(self, packet_type: PacketType) -> bool {
+        match packet_type {
+            PacketType::ConnAck => {
+                matches!(self as u8, 0x00 | 0x80..=0x8A | 0x8C | 0x90 | 0x95 | 0x97 | 0x99..=0x9D | 0x9F)
+            }
+            PacketType::PubAck | PacketType::PubRec => matches!(
+                self as u8,
+                0x00 | 0x10 | 0x80 | 0x83 | 0x87 | 0x90 | 0x91 | 0x97 | 0x99
+            ),
+            PacketType::PubRel | PacketType::PubComp => matches!(self as u8, 0x00 | 0x92),
+            PacketType::SubAck => matches!(
+                self as u8,
+                0x00..=0x02 | 0x80 | 0x83 | 0x87 | 0x8F | 0x91 | 0x97 | 0x9E | 0xA1 | 0xA2
+            ),
+            PacketType::UnsubAck => {
+                matches!(self as u8, 0x00 | 0x11 | 0x80 | 0x83 | 0x87 | 0x8F | 0x91)
+            }
+            PacketType::Disconnect => matches!(
+                self as u8,
+                0x00 | 0x04 | 0x80..=0x83 | 0x87 | 0x89 | 0x8B..=0x90 | 0x93..=0xA2
+            ),
+            PacketType::Auth => matches!(self as u8, 0x00 | 0x18 | 0x19),
+            PacketType::Connect
+            | PacketType::Publish
+            | PacketType::Subscribe
+            | PacketType::Unsubscribe
+            | PacketType::PingReq
+            | PacketType::PingResp => false,
         }
     }
 }

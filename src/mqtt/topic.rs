@@ -1,6 +1,8 @@
 //! Topic Names and Topic Filters, section 4.7, and shared subscriptions, section 4.8.
 
+use std::borrow::Borrow;
 use std::fmt;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use super::QoS;
@@ -57,4 +59,189 @@ pub enum InvalidTopic {
     WildcardInName,
     #[error("the share name is empty or contains `/`, `+` or `#`, or no filter follows it")]
     ShareName,
+}
+
+impl TopicFilter {
+    /// # Errors
+    /// [`InvalidTopic`] says which rule of section 4.7 is broken.
+    pub fn new(filter: &str) -> Result<Self, InvalidTopic> {
+        validate_text(filter)?;
+        let mut levels = filter.split('/');
+        while let Some(level) = levels.next() {
+            if level.contains('#') && (level.len() > 1 || levels.next().is_some()) {
+                return Err(InvalidTopic::MultiLevelWildcard);
+            }
+            if level.contains('+') && level.len() > 1 {
+                return Err(InvalidTopic::SingleLevelWildcard);
+            }
+        }
+        Ok(Self(filter.into()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    pub fn levels(&self) -> std::str::Split<'_, char> {
+        self.0.split('/')
+    }
+
+    pub fn has_wildcard(&self) -> bool {
+        has_wildcard(&self.0)
+    }
+
+    /// Such a filter matches no topic that begins with `$`, [MQTT-4.7.2-1].
+    pub fn starts_with_wildcard(&self) -> bool {
+        self.0.starts_with(['#', '+'])
+    }
+
+    /// Whether messages published to `topic` are for this filter.
+    pub fn matches(&self, topic: &str) -> bool {
+        if self.starts_with_wildcard() && topic.starts_with('$') {
+            return false;
+        }
+        let mut names = topic.split('/');
+        for level in self.levels() {
+            match level {
+                // Also the parent level, section 4.7.1.2.
+                "#" => return true,
+                "+" if names.next().is_some() => {}
+                _ if names.next() == Some(level) => {}
+                _ => return false,
+            }
+        }
+        names.next().is_none()
+    }
+}
+
+impl ShareName {
+    /// # Errors
+    /// [`InvalidTopic::ShareName`] if it is empty or contains `/`, `+` or `#`, and what is wrong
+    /// with any text.
+    pub fn new(name: &str) -> Result<Self, InvalidTopic> {
+        if name.is_empty() || name.contains('/') || has_wildcard(name) {
+            return Err(InvalidTopic::ShareName);
+        }
+        validate_text(name)?;
+        Ok(Self(name.into()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl SubscriptionFilter {
+    /// Reads `{filter}` or `$share/{ShareName}/{filter}`.
+    ///
+    /// # Errors
+    /// [`InvalidTopic::ShareName`] if what begins as a shared subscription is none; otherwise as
+    /// [`TopicFilter::new`].
+    pub fn parse(text: &str) -> Result<Self, InvalidTopic> {
+        let Some(shared) = strip_share_prefix(text) else {
+            return Ok(Self {
+                share: None,
+                filter: TopicFilter::new(text)?,
+            });
+        };
+        let (name, filter) = shared.split_once('/').ok_or(InvalidTopic::ShareName)?;
+        if filter.is_empty() {
+            return Err(InvalidTopic::ShareName);
+        }
+        Ok(Self {
+            share: Some(ShareName::new(name)?),
+            filter: TopicFilter::new(filter)?,
+        })
+    }
+}
+
+/// What follows `$share/`, if `text` asks for a shared subscription at all.
+pub(super) fn strip_share_prefix(text: &str) -> Option<&str> {
+    let rest = text.strip_prefix("$share")?;
+    if rest.is_empty() {
+        Some(rest)
+    } else {
+        rest.strip_prefix('/')
+    }
+}
+
+/// # Errors
+/// [`InvalidTopic`] says which rule of section 4.7 is broken.
+pub fn validate_topic_name(topic: &str) -> Result<(), InvalidTopic> {
+    validate_text(topic)?;
+    if has_wildcard(topic) {
+        return Err(InvalidTopic::WildcardInName);
+    }
+    Ok(())
+}
+
+pub(super) fn has_wildcard(text: &str) -> bool {
+    text.bytes().any(|byte| matches!(byte, b'#' | b'+'))
+}
+
+fn validate_text(text: &str) -> Result<(), InvalidTopic> {
+    if text.is_empty() {
+        Err(InvalidTopic::Empty)
+    } else if text.len() > usize::from(u16::MAX) {
+        Err(InvalidTopic::TooLong)
+    } else if text.contains('\0') {
+        Err(InvalidTopic::Null)
+    } else {
+        Ok(())
+    }
+}
+
+macro_rules! text_newtype {
+    ($name:ident) => {
+        impl Deref for $name {
+            type Target = str;
+
+            fn deref(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Debug::fmt(&*self.0, f)
+            }
+        }
+    };
+}
+
+text_newtype!(TopicFilter);
+text_newtype!(ShareName);
+
+/// As a SUBSCRIBE names it: the text that [`SubscriptionFilter::parse`] reads.
+impl fmt::Display for SubscriptionFilter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.share {
+            Some(share) => write!(f, "$share/{share}/{}", self.filter),
+            None => fmt::Display::fmt(&self.filter, f),
+        }
+    }
+}
+
+impl RetainHandling {
+    /// `None` for 3, which is a Protocol Error.
+    pub fn from_bits(bits: u8) -> Option<Self> {
+        match bits {
+            0 => Some(Self::SendAtSubscribe),
+            1 => Some(Self::SendIfNew),
+            2 => Some(Self::DoNotSend),
+            _ => None,
+        }
+    }
 }
