@@ -660,3 +660,504 @@ impl<'a> Reader<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::ProtocolVersion::{V3_1, V3_1_1, V5};
+    use super::*;
+    use crate::mqtt::arbitrary;
+    use crate::mqtt::encode::encode;
+
+    /// A packet of this first byte and these bytes after a Remaining Length below 128.
+    fn frame(first: u8, body: &[&[u8]]) -> Vec<u8> {
+        let body = body.concat();
+        let length = u8::try_from(body.len()).unwrap();
+        assert!(length < 0x80);
+        [&[first, length], &*body].concat()
+    }
+
+    #[track_caller]
+    fn assert_refused(frame: &[u8], version: ProtocolVersion, error: DecodeError) {
+        assert_eq!(decode(frame, version), Err(error));
+    }
+
+    /// An otherwise valid version 5 PUBLISH to `t` with these properties.
+    fn publish_with(properties: &[u8]) -> Vec<u8> {
+        let length = u8::try_from(properties.len()).unwrap();
+        frame(0x30, &[b"\0\x01t", &[length], properties])
+    }
+
+    fn connect_with(level: u8, flags: u8, rest: &[u8]) -> Vec<u8> {
+        frame(0x10, &[b"\0\x04MQTT", &[level, flags, 0, 60], rest])
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        #[test]
+        fn what_is_encoded_decodes_to_the_same_packet(
+            (version, packet) in arbitrary::version()
+                .prop_flat_map(|version| (Just(version), arbitrary::packet(version)))
+        ) {
+            let mut bytes = Vec::new();
+            encode(&packet, version, &mut bytes);
+
+            prop_assert_eq!(frame_length(&bytes), Ok(Some(bytes.len())));
+            prop_assert_eq!(decode(&bytes, version), Ok(packet));
+        }
+
+        #[test]
+        fn a_stream_cut_anywhere_gives_the_same_packets(
+            (version, packets) in arbitrary::version().prop_flat_map(|version| {
+                (Just(version), prop::collection::vec(arbitrary::packet(version), 1..6))
+            }),
+            chunk_bytes in prop::collection::vec(1..300_usize, 1..20),
+        ) {
+            let mut stream = Vec::new();
+            packets.iter().for_each(|packet| encode(packet, version, &mut stream));
+            let mut rest = &*stream;
+            let mut chunk_bytes = chunk_bytes.iter().cycle();
+            let mut buffer = Vec::new();
+            let mut expected = packets.iter();
+
+            while !rest.is_empty() {
+                let (chunk, after) = rest.split_at(rest.len().min(*chunk_bytes.next().unwrap()));
+                buffer.extend_from_slice(chunk);
+                rest = after;
+                while let Some(length) = frame_length(&buffer).unwrap().filter(|&l| l <= buffer.len()) {
+                    prop_assert_eq!(&decode(&buffer[..length], version).unwrap(), expected.next().unwrap());
+                    buffer.drain(..length);
+                }
+            }
+            prop_assert_eq!(expected.next(), None);
+            prop_assert!(buffer.is_empty());
+        }
+
+        #[test]
+        fn arbitrary_bytes_do_not_panic(
+            bytes in prop::collection::vec(any::<u8>(), 0..64),
+            version in arbitrary::version(),
+        ) {
+            let _ = frame_length(&bytes);
+            let _ = connack_version(&bytes);
+            let _ = decode(&bytes, version);
+            if bytes.len() < 0x80 {
+                let _ = decode(&frame(bytes.first().copied().unwrap_or(0x10), &[&bytes]), version);
+            }
+        }
+
+        #[test]
+        fn a_damaged_packet_does_not_panic_and_is_still_one_if_it_is_accepted(
+            (version, packet) in arbitrary::version()
+                .prop_flat_map(|version| (Just(version), arbitrary::packet(version))),
+            read_as in arbitrary::version(),
+            damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let mut bytes = Vec::new();
+            encode(&packet, version, &mut bytes);
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(bytes.len()));
+                // A length that fits, so that the fields are looked at.
+                if (2..0x80).contains(&bytes.len()) {
+                    bytes[1] = bytes.len() as u8 - 2;
+                }
+            }
+            for (at, byte) in damage.iter().filter(|_| !bytes.is_empty()).collect::<Vec<_>>() {
+                let at = at.index(bytes.len());
+                bytes[at] = *byte;
+            }
+
+            let _ = connack_version(&bytes);
+            if let Ok(packet) = decode(&bytes, read_as) {
+                let mut again = Vec::new();
+                encode(&packet, read_as, &mut again);
+                let repeated = decode(&again, read_as);
+                // The properties of a Will are encoded in an order of ours.
+                if !matches!(packet, Packet::Connect(_)) {
+                    prop_assert_eq!(repeated, Ok(packet));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn mqtt_1_5_5_1_a_remaining_length_has_at_most_four_bytes() {
+        assert_eq!(frame_length(&[0x30]), Ok(None));
+        assert_eq!(frame_length(&[0x30, 0xFF, 0xFF, 0xFF]), Ok(None));
+        assert_eq!(
+            frame_length(&[0x30, 0xFF, 0xFF, 0xFF, 0x7F]),
+            Ok(Some(5 + 268_435_455))
+        );
+        assert_eq!(
+            frame_length(&[0x30, 0xFF, 0xFF, 0xFF, 0xFF]),
+            Err(DecodeError::VariableByteInteger)
+        );
+    }
+
+    #[test]
+    fn mqtt_1_5_5_1_a_padded_length_is_malformed_in_version_5_only() {
+        let padded = [0xC0, 0x80, 0x00];
+
+        assert_refused(&padded, V5, DecodeError::VariableByteInteger);
+        assert_eq!(decode(&padded, V3_1_1), Ok(Packet::PingReq));
+    }
+
+    #[test]
+    fn a_frame_is_exactly_one_packet() {
+        assert_refused(&[0xC0], V5, DecodeError::Truncated);
+        assert_refused(&[0x40, 2, 0], V5, DecodeError::Truncated);
+        assert_refused(&[0xC0, 0, 0], V5, DecodeError::TrailingBytes);
+        assert_refused(&[0xC0, 1, 0], V5, DecodeError::TrailingBytes);
+        assert_refused(&[0x40, 3, 0, 1, 0], V3_1_1, DecodeError::TrailingBytes);
+    }
+
+    #[test]
+    fn mqtt_1_5_4_1_text_is_utf_8() {
+        for text in [&b"\xC3\x28"[..], b"\xED\xA0\x80", b"\xFF\xFE"] {
+            let length = [0, text.len() as u8];
+            assert_refused(
+                &frame(0x30, &[&length, text, b"\0"]),
+                V5,
+                DecodeError::InvalidUtf8,
+            );
+        }
+    }
+
+    #[test]
+    fn mqtt_1_5_4_2_text_has_no_null() {
+        assert_refused(b"\x30\x05\0\x03a\0b", V3_1_1, DecodeError::NullCharacter);
+    }
+
+    #[test]
+    fn mqtt_1_5_4_3_a_byte_order_mark_stays() {
+        let Ok(Packet::Publish(publish)) = decode(b"\x30\x05\0\x03\xEF\xBB\xBF", V3_1_1) else {
+            panic!("refused");
+        };
+
+        assert_eq!(publish.topic, "\u{FEFF}");
+    }
+
+    #[test]
+    fn mqtt_2_1_3_1_reserved_flags_must_be_as_listed() {
+        let packets: [&[u8]; 4] = [b"\x60\x02\0\x01", b"\x41\x02\0\x01", b"\xC4\0", b"\xE1\0"];
+        for packet in packets {
+            assert_refused(packet, V5, DecodeError::ReservedBits);
+            assert_refused(packet, V3_1_1, DecodeError::ReservedBits);
+        }
+    }
+
+    #[test]
+    fn mqtt_3_8_1_1_subscribe_flags_must_be_0010() {
+        assert_refused(
+            b"\x80\x06\0\x01\0\x01a\0",
+            V3_1_1,
+            DecodeError::ReservedBits,
+        );
+    }
+
+    #[test]
+    fn mqtt31_a_repeated_subscribe_may_have_dup() {
+        assert!(decode(b"\x8A\x06\0\x01\0\x01a\0", V3_1).is_ok());
+    }
+
+    #[test]
+    fn reserved_types_are_malformed() {
+        assert_refused(&[0x00, 0], V5, DecodeError::ReservedPacketType);
+        assert_refused(&[0xF0, 0], V3_1_1, DecodeError::ReservedPacketType);
+        assert!(decode(&[0xF0, 0], V5).is_ok());
+    }
+
+    #[test]
+    fn mqtt_2_2_1_3_packet_identifier_0_is_refused() {
+        for packet in [
+            &b"\x40\x02\0\0"[..],
+            b"\x32\x05\0\x01t\0\0",
+            b"\x82\x06\0\0\0\x01a\0",
+        ] {
+            assert_refused(packet, V3_1_1, DecodeError::PacketIdZero);
+        }
+    }
+
+    #[test]
+    fn mqtt_3_1_2_1_other_protocol_names_are_refused() {
+        let connect = frame(0x10, &[b"\0\x04HTTP\x05\x02\0\x3C\0\0\0"]);
+
+        assert_refused(&connect, V5, DecodeError::UnknownProtocolName);
+        assert_eq!(connack_version(&connect), None);
+    }
+
+    #[test]
+    fn mqtt_3_1_2_2_unsupported_levels_can_be_answered() {
+        for (level, answer) in [(0, V3_1_1), (3, V3_1_1), (6, V5), (0x85, V5)] {
+            let connect = connect_with(level, 2, b"\0\0");
+            let error = DecodeError::UnsupportedProtocolLevel { level };
+            assert_refused(&connect, V5, error);
+            assert_eq!(error.reason_code(), ReasonCode::UnsupportedProtocolVersion);
+            assert_eq!(error.reason_code().connect_return_code(), 1);
+            assert_eq!(connack_version(&connect), Some(answer));
+        }
+    }
+
+    #[test]
+    fn a_malformed_connect_can_be_answered_in_its_own_version() {
+        let connect = connect_with(5, 0b0000_0001, b"\0\0\0");
+
+        assert_refused(&connect, V3_1_1, DecodeError::ReservedBits);
+        assert_eq!(connack_version(&connect), Some(V5));
+    }
+
+    #[test]
+    fn bridges_of_mosquitto_are_let_in() {
+        let bridge = connect_with(4 | BRIDGE, 2, b"\0\0");
+
+        let Ok(Packet::Connect(connect)) = decode(&bridge, V5) else {
+            panic!("refused");
+        };
+        assert_eq!(connect.version, V3_1_1);
+    }
+
+    #[test]
+    fn mqtt_3_1_2_3_the_reserved_connect_flag_is_0() {
+        assert_refused(
+            &connect_with(4, 0b11, b"\0\0"),
+            V5,
+            DecodeError::ReservedBits,
+        );
+    }
+
+    #[test]
+    fn mqtt_3_1_2_11_will_qos_and_retain_need_a_will() {
+        for flags in [0b0000_1000, 0b0001_0000, 0b0010_0000] {
+            assert_refused(&connect_with(4, flags, b"\0\0"), V5, DecodeError::WillFlags);
+            assert_refused(
+                &connect_with(5, flags, b"\0\0\0"),
+                V5,
+                DecodeError::WillFlags,
+            );
+        }
+    }
+
+    #[test]
+    fn mqtt_3_1_2_12_will_qos_3_is_malformed() {
+        assert_refused(
+            &connect_with(5, 0b0001_1100, b"\0\0\0\0\0\x01w\0\0"),
+            V5,
+            DecodeError::InvalidQoS,
+        );
+    }
+
+    #[test]
+    fn mqtt311_3_1_2_22_a_password_needs_a_user_name() {
+        let flags = 0b0100_0010;
+
+        assert_refused(
+            &connect_with(4, flags, b"\0\0\0\x01p"),
+            V5,
+            DecodeError::PasswordWithoutUserName,
+        );
+        assert!(decode(&connect_with(5, flags, b"\0\0\0\0\x01p"), V5).is_ok());
+    }
+
+    #[test]
+    fn mqtt31_a_user_name_and_password_may_be_missing() {
+        let connect = frame(0x10, &[b"\0\x06MQIsdp\x03\xC2\0\x3C\0\x01c"]);
+
+        let Ok(Packet::Connect(connect)) = decode(&connect, V5) else {
+            panic!("refused");
+        };
+        assert_eq!((connect.user_name, connect.password), (None, None));
+        assert_eq!(connect.client_id, "c");
+    }
+
+    #[test]
+    fn authentication_data_needs_a_method() {
+        let connect = connect_with(5, 2, b"\x04\x16\0\x01d\0\0");
+
+        assert_refused(&connect, V5, DecodeError::AuthenticationDataWithoutMethod);
+    }
+
+    #[test]
+    fn mqtt_3_3_1_2_dup_needs_a_qos() {
+        assert_refused(b"\x38\x03\0\x01t", V3_1_1, DecodeError::DuplicateAtMostOnce);
+    }
+
+    #[test]
+    fn mqtt_3_3_1_4_qos_3_is_malformed() {
+        assert_refused(b"\x36\x05\0\x01t\0\x01", V5, DecodeError::InvalidQoS);
+    }
+
+    #[test]
+    fn mqtt_3_3_2_2_a_topic_name_has_no_wildcards() {
+        let error = DecodeError::TopicName(InvalidTopic::WildcardInName);
+
+        assert_refused(b"\x30\x03\0\x01#", V3_1_1, error);
+        assert_refused(b"\x30\x06\0\x03a/+\0", V5, error);
+        assert_eq!(error.reason_code(), ReasonCode::TopicNameInvalid);
+    }
+
+    #[test]
+    fn mqtt_3_3_2_1_an_empty_topic_needs_an_alias() {
+        assert_refused(b"\x30\x03\0\0\0", V5, DecodeError::MissingTopic);
+        assert!(decode(b"\x30\x06\0\0\x03\x23\0\x01", V5).is_ok());
+        assert_refused(
+            b"\x30\x02\0\0",
+            V3_1_1,
+            DecodeError::TopicName(InvalidTopic::Empty),
+        );
+    }
+
+    #[test]
+    fn mqtt_3_3_2_8_topic_alias_0_is_refused() {
+        assert_refused(&publish_with(b"\x23\0\0"), V5, DecodeError::PropertyValue);
+    }
+
+    #[test]
+    fn mqtt_3_3_2_14_a_response_topic_has_no_wildcards() {
+        let error = DecodeError::ResponseTopic(InvalidTopic::WildcardInName);
+
+        assert_refused(&publish_with(b"\x08\0\x03a/#"), V5, error);
+        assert_eq!(error.reason_code(), ReasonCode::ProtocolError);
+    }
+
+    #[test]
+    fn a_property_of_another_packet_is_malformed() {
+        for property in [&b"\x21\0\x01"[..], b"\x1F\0\0", b"\x7F", b"\xA6\0"] {
+            assert_refused(&publish_with(property), V5, DecodeError::PropertyNotAllowed);
+        }
+    }
+
+    #[test]
+    fn properties_occur_once_but_for_user_properties_and_identifiers() {
+        assert_refused(
+            &publish_with(b"\x01\0\x01\0"),
+            V5,
+            DecodeError::DuplicateProperty,
+        );
+        assert!(
+            decode(
+                &publish_with(b"\x26\0\0\0\0\x26\0\0\0\0\x0B\x01\x0B\x01"),
+                V5
+            )
+            .is_ok()
+        );
+        assert_refused(
+            b"\x82\x0B\0\x01\x04\x0B\x01\x0B\x01\0\x01a\0",
+            V5,
+            DecodeError::DuplicateProperty,
+        );
+    }
+
+    #[test]
+    fn properties_out_of_range_are_protocol_errors() {
+        let receive_maximum = connect_with(5, 2, b"\x03\x21\0\0\0\0");
+        let maximum_packet_size = connect_with(5, 2, b"\x05\x27\0\0\0\0\0\0");
+        let flag = connect_with(5, 2, b"\x02\x17\x02\0\0");
+        let subscription_identifier = publish_with(b"\x0B\0");
+
+        for frame in [
+            receive_maximum,
+            maximum_packet_size,
+            flag,
+            subscription_identifier,
+        ] {
+            assert_refused(&frame, V5, DecodeError::PropertyValue);
+        }
+    }
+
+    #[test]
+    fn a_property_length_beyond_the_packet_is_malformed() {
+        assert_refused(b"\x30\x04\0\x01t\x05", V5, DecodeError::Truncated);
+        assert_refused(&publish_with(b"\x02\0"), V5, DecodeError::Truncated);
+    }
+
+    #[test]
+    fn mqtt_3_4_2_1_reason_and_properties_of_an_acknowledgement_may_be_missing() {
+        let id = PacketId::new(7).unwrap();
+        let refused = Acknowledgement::with_reason(id, ReasonCode::QuotaExceeded);
+
+        assert_eq!(
+            decode(b"\x40\x02\0\x07", V5),
+            Ok(Packet::PubAck(Acknowledgement::success(id)))
+        );
+        assert_eq!(
+            decode(b"\x40\x03\0\x07\x97", V5),
+            Ok(Packet::PubAck(refused.clone()))
+        );
+        assert_eq!(
+            decode(b"\x40\x04\0\x07\x97\0", V5),
+            Ok(Packet::PubAck(refused))
+        );
+    }
+
+    #[test]
+    fn mqtt_3_4_2_1_reason_codes_of_other_packets_are_refused() {
+        for code in [0x01, 0x92, 0x03, 0xFF] {
+            assert_refused(&[0x40, 3, 0, 1, code], V5, DecodeError::ReasonCode);
+        }
+    }
+
+    #[test]
+    fn mqtt_3_8_3_2_a_subscribe_has_a_filter() {
+        assert_refused(b"\x82\x03\0\x01\0", V5, DecodeError::NoTopicFilter);
+        assert_refused(b"\x82\x02\0\x01", V3_1_1, DecodeError::NoTopicFilter);
+    }
+
+    #[test]
+    fn mqtt_3_10_3_2_an_unsubscribe_has_a_filter() {
+        assert_refused(b"\xA2\x03\0\x01\0", V5, DecodeError::NoTopicFilter);
+        assert_refused(b"\xA2\x02\0\x01", V3_1_1, DecodeError::NoTopicFilter);
+    }
+
+    #[test]
+    fn mqtt_3_8_3_4_no_local_on_a_shared_subscription_is_a_protocol_error() {
+        let no_local = |filter: &[u8]| {
+            frame(
+                0x82,
+                &[b"\0\x01\0\0", &[filter.len() as u8], filter, &[0b0100]],
+            )
+        };
+
+        assert_refused(&no_local(b"$share/g/t"), V5, DecodeError::NoLocalOnShared);
+        assert!(decode(&no_local(b"$shared/g/t"), V5).is_ok());
+    }
+
+    #[test]
+    fn mqtt_3_8_3_5_reserved_option_bits_are_0() {
+        assert_refused(
+            b"\x82\x07\0\x01\0\0\x01a\x40",
+            V5,
+            DecodeError::ReservedBits,
+        );
+        assert_refused(
+            b"\x82\x06\0\x01\0\x01a\x04",
+            V3_1_1,
+            DecodeError::ReservedBits,
+        );
+    }
+
+    #[test]
+    fn subscription_options_out_of_range_are_protocol_errors() {
+        for options in [0b0000_0011, 0b0011_0000] {
+            let subscribe = [0x82, 7, 0, 1, 0, 0, 1, b'a', options];
+            assert_refused(&subscribe, V5, DecodeError::SubscribeOptions);
+        }
+    }
+
+    #[test]
+    fn a_disconnect_may_be_empty() {
+        let normal = Disconnect {
+            reason: ReasonCode::Success,
+            properties: Properties::default(),
+        };
+
+        assert_eq!(
+            decode(&[0xE0, 0], V5),
+            Ok(Packet::Disconnect(normal.clone()))
+        );
+        assert_eq!(decode(&[0xE0, 1, 0], V5), Ok(Packet::Disconnect(normal)));
+        assert_refused(&[0xE0, 1, 0], V3_1_1, DecodeError::TrailingBytes);
+    }
+}

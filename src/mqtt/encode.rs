@@ -391,3 +391,223 @@ fn variable_byte_integer_length(value: usize) -> usize {
         _ => 4,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::ProtocolVersion::{V3_1, V3_1_1, V5};
+    use super::*;
+    use crate::mqtt::arbitrary;
+    use crate::mqtt::decode::decode;
+    use crate::mqtt::message::MessageParts;
+    use crate::mqtt::packet::Disconnect;
+    use crate::mqtt::property::ConnAckProperties;
+
+    fn encoded(packet: &Packet<'_>, version: ProtocolVersion) -> Vec<u8> {
+        let mut out = Vec::new();
+        encode(packet, version, &mut out);
+        out
+    }
+
+    fn id(value: u16) -> PacketId {
+        PacketId::new(value).unwrap()
+    }
+
+    fn delivered(
+        message: &Message,
+        header: &PublishHeader<'_>,
+        version: ProtocolVersion,
+    ) -> Vec<u8> {
+        let mut out = Vec::new();
+        encode_publish_head(message, header, version, &mut out);
+        out.extend_from_slice(message.payload());
+        assert_eq!(out.len(), publish_length(message, header, version));
+        out
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        #[test]
+        fn mqtt_3_3_2_18_a_delivery_carries_the_message_unaltered(
+            published in arbitrary::publish(V5),
+            version in arbitrary::version(),
+            alias in prop_oneof![Just(None), (any::<bool>(), 1..=u16::MAX).prop_map(Some)],
+            message_expiry_interval in any::<Option<u32>>(),
+            subscription_identifiers in prop::collection::vec(1..=268_435_455_u32, 0..4),
+        ) {
+            let properties: Vec<&[u8]> = published.properties.forwarded().collect();
+            let message = Message::new(MessageParts {
+                topic: published.topic,
+                qos: published.qos,
+                retain: published.retain,
+                expires_at: None,
+                properties: &properties,
+                payload: published.payload,
+            });
+            let alias = alias.map(|(defines, number)| {
+                let number = NonZeroU16::new(number).unwrap();
+                if defines { TopicAlias::Define(number) } else { TopicAlias::Use(number) }
+            });
+            let header = PublishHeader {
+                dup: published.dup,
+                qos: published.qos,
+                retain: published.retain,
+                packet_id: published.packet_id,
+                topic_alias: alias,
+                message_expiry_interval,
+                subscription_identifiers: &subscription_identifiers,
+            };
+
+            let bytes = delivered(&message, &header, version);
+            let Ok(Packet::Publish(delivered)) = decode(&bytes, version) else {
+                panic!("not a PUBLISH");
+            };
+
+            prop_assert_eq!(delivered.dup, published.dup);
+            prop_assert_eq!(delivered.qos, published.qos);
+            prop_assert_eq!(delivered.retain, published.retain);
+            prop_assert_eq!(delivered.packet_id, published.packet_id);
+            prop_assert_eq!(delivered.payload, published.payload);
+            if version.is_v5() {
+                let uses_alias = matches!(alias, Some(TopicAlias::Use(_)));
+                prop_assert_eq!(delivered.topic, if uses_alias { "" } else { published.topic });
+                prop_assert_eq!(delivered.properties.forwarded().collect::<Vec<_>>(), properties);
+                prop_assert_eq!(delivered.properties.topic_alias(), alias.map(TopicAlias::number));
+                prop_assert_eq!(delivered.properties.message_expiry_interval(), message_expiry_interval);
+                let identifiers: Vec<_> = delivered.properties.subscription_identifiers().collect();
+                prop_assert_eq!(identifiers, subscription_identifiers);
+            } else {
+                prop_assert_eq!(delivered.topic, published.topic);
+                prop_assert!(delivered.properties.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn mqtt_3_4_2_1_success_and_empty_properties_are_left_out() {
+        let success = Packet::PubAck(Acknowledgement::success(id(7)));
+        let failure = Packet::PubRec(Acknowledgement::with_reason(
+            id(7),
+            ReasonCode::QuotaExceeded,
+        ));
+
+        assert_eq!(encoded(&success, V5), b"\x40\x02\0\x07");
+        assert_eq!(encoded(&failure, V5), b"\x50\x03\0\x07\x97");
+        assert_eq!(encoded(&failure, V3_1_1), b"\x50\x02\0\x07");
+    }
+
+    #[test]
+    fn mqtt_3_6_1_1_pubrel_has_its_reserved_flags() {
+        let pubrel = Packet::PubRel(Acknowledgement::success(id(1)));
+
+        assert_eq!(encoded(&pubrel, V3_1_1), b"\x62\x02\0\x01");
+    }
+
+    #[test]
+    fn mqtt311_3_2_2_3_connack_has_a_return_code() {
+        let connack = |session_present, reason| {
+            Packet::ConnAck(Box::new(ConnAck {
+                session_present,
+                reason,
+                properties: ConnAckProperties::default(),
+            }))
+        };
+
+        assert_eq!(
+            encoded(&connack(true, ReasonCode::Success), V3_1_1),
+            b"\x20\x02\x01\0"
+        );
+        assert_eq!(
+            encoded(&connack(true, ReasonCode::Success), V3_1),
+            b"\x20\x02\0\0"
+        );
+        assert_eq!(
+            encoded(&connack(false, ReasonCode::Banned), V3_1_1),
+            b"\x20\x02\0\x05"
+        );
+        assert_eq!(
+            encoded(&connack(false, ReasonCode::Banned), V5),
+            b"\x20\x03\0\x8A\0"
+        );
+    }
+
+    #[test]
+    fn mqtt311_3_9_3_2_every_failure_in_a_suback_is_0x80() {
+        let suback = Packet::SubAck(SubscribeAcknowledgement {
+            packet_id: id(1),
+            reasons: vec![ReasonCode::GrantedQoS1, ReasonCode::NotAuthorized],
+            properties: Properties::default(),
+        });
+
+        assert_eq!(encoded(&suback, V3_1_1), b"\x90\x04\0\x01\x01\x80");
+        assert_eq!(encoded(&suback, V5), b"\x90\x05\0\x01\0\x01\x87");
+    }
+
+    #[test]
+    fn mqtt311_3_11_3_an_unsuback_has_no_payload() {
+        let unsuback = Packet::UnsubAck(SubscribeAcknowledgement {
+            packet_id: id(1),
+            reasons: vec![ReasonCode::Success],
+            properties: Properties::default(),
+        });
+
+        assert_eq!(encoded(&unsuback, V3_1_1), b"\xB0\x02\0\x01");
+    }
+
+    #[test]
+    fn a_normal_disconnect_is_two_bytes() {
+        let disconnect = |reason| {
+            Packet::Disconnect(Disconnect {
+                reason,
+                properties: Properties::default(),
+            })
+        };
+
+        assert_eq!(encoded(&disconnect(ReasonCode::Success), V5), b"\xE0\0");
+        assert_eq!(
+            encoded(&disconnect(ReasonCode::ServerBusy), V5),
+            b"\xE0\x01\x89"
+        );
+        assert_eq!(
+            encoded(&disconnect(ReasonCode::ServerBusy), V3_1_1),
+            b"\xE0\0"
+        );
+    }
+
+    #[test]
+    fn a_packet_is_appended_to_what_is_there() {
+        let long = "l".repeat(300);
+        let unsubscribe = Packet::Unsubscribe(Unsubscribe {
+            packet_id: id(1),
+            properties: Properties::default(),
+            filters: vec![&long],
+        });
+        let mut out = b"before".to_vec();
+
+        encode(&unsubscribe, V3_1_1, &mut out);
+
+        assert_eq!(out[..6], *b"before");
+        assert_eq!(decode(&out[6..], V3_1_1), Ok(unsubscribe));
+    }
+
+    #[test]
+    fn variable_byte_integers_have_the_length_of_table_1_1() {
+        for (value, length) in [
+            (0, 1),
+            (127, 1),
+            (128, 2),
+            (16_383, 2),
+            (16_384, 3),
+            (2_097_151, 3),
+            (2_097_152, 4),
+            (VARIABLE_BYTE_INTEGER_MAX, 4),
+        ] {
+            let mut out = Vec::new();
+            put_variable_byte_integer(value, &mut out);
+            assert_eq!(out.len(), length, "{value}");
+            assert_eq!(variable_byte_integer_length(value), length, "{value}");
+        }
+    }
+}

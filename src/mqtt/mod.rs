@@ -15,6 +15,9 @@ pub mod property;
 pub mod reason;
 pub mod topic;
 
+#[cfg(test)]
+mod arbitrary;
+
 pub use message::Message;
 pub use packet::{Packet, PacketId, ProtocolVersion, QoS};
 pub use reason::ReasonCode;

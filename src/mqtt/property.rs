@@ -240,7 +240,7 @@ impl<'a> Property<'a> {
     }
 
     /// Table 2-4.
-    fn is_allowed_in(&self, place: Place) -> bool {
+    pub(super) fn is_allowed_in(&self, place: Place) -> bool {
         use PacketType::*;
         match self {
             Self::PayloadFormatIndicator(_)
@@ -294,7 +294,7 @@ impl<'a> Property<'a> {
         }
     }
 
-    fn may_repeat_in(&self, place: Place) -> bool {
+    pub(super) fn may_repeat_in(&self, place: Place) -> bool {
         match self {
             Self::UserProperty(..) => true,
             Self::SubscriptionIdentifier(_) => place == Place::Packet(PacketType::Publish),
@@ -629,5 +629,111 @@ fn encode_all(
     }
     for (name, value) in user_properties {
         Property::UserProperty(name, value).encode(out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of_a_message() -> PropertiesBuffer {
+        [
+            Property::UserProperty("a", "1"),
+            Property::MessageExpiryInterval(60),
+            Property::ContentType("text"),
+            Property::SubscriptionIdentifier(300),
+            Property::TopicAlias(2),
+            Property::UserProperty("a", "2"),
+            Property::SubscriptionIdentifier(1),
+        ]
+        .into_iter()
+        .collect()
+    }
+
+    #[test]
+    fn properties_are_read_as_they_were_written() {
+        let buffer = of_a_message();
+        let properties = buffer.as_properties();
+
+        assert_eq!(properties.iter().count(), 7);
+        assert_eq!(properties.message_expiry_interval(), Some(60));
+        assert_eq!(properties.topic_alias(), Some(2));
+        assert_eq!(properties.response_topic(), None);
+        assert!(properties.subscription_identifiers().eq([300, 1]));
+        assert!(properties.user_properties().eq([("a", "1"), ("a", "2")]));
+    }
+
+    #[test]
+    fn mqtt_3_3_2_18_what_is_forwarded_keeps_its_order() {
+        let buffer = of_a_message();
+        let forwarded: Vec<u8> = buffer
+            .as_properties()
+            .forwarded()
+            .collect::<Vec<_>>()
+            .concat();
+
+        let expected = [
+            Property::UserProperty("a", "1"),
+            Property::ContentType("text"),
+            Property::UserProperty("a", "2"),
+        ];
+        assert!(Properties(&forwarded).iter().eq(expected));
+    }
+
+    #[test]
+    fn maximum_qos_2_is_said_by_leaving_it_out() {
+        let buffer: PropertiesBuffer = [Property::MaximumQoS(QoS::ExactlyOnce)]
+            .into_iter()
+            .collect();
+
+        assert!(buffer.as_properties().is_empty());
+    }
+
+    #[test]
+    fn every_field_of_connack_is_sent() {
+        let all = ConnAckProperties {
+            session_expiry_interval: Some(1),
+            receive_maximum: Some(2),
+            maximum_qos: Some(QoS::AtLeastOnce),
+            retain_available: Some(false),
+            maximum_packet_size: Some(3),
+            assigned_client_identifier: Some("c"),
+            topic_alias_maximum: Some(4),
+            reason_string: Some("r"),
+            user_properties: vec![("n", "v"), ("n", "w")],
+            wildcard_subscription_available: Some(true),
+            subscription_identifier_available: Some(false),
+            shared_subscription_available: Some(true),
+            server_keep_alive: Some(5),
+            response_information: Some("i"),
+            server_reference: Some("s"),
+            authentication_method: Some("m"),
+            authentication_data: Some(b"d"),
+        };
+        let mut bytes = vec![0];
+        all.encode(&mut bytes);
+        bytes[0] = u8::try_from(bytes.len() - 1).unwrap();
+
+        assert_eq!(ConnAckProperties::decode(&mut Reader::new(&bytes)), Ok(all));
+    }
+
+    #[test]
+    fn every_field_of_connect_is_sent() {
+        let all = ConnectProperties {
+            session_expiry_interval: Some(u32::MAX),
+            receive_maximum: Some(2),
+            maximum_packet_size: Some(3),
+            topic_alias_maximum: Some(4),
+            request_response_information: true,
+            request_problem_information: Some(false),
+            authentication_method: Some("m"),
+            authentication_data: Some(b"d"),
+            user_properties: vec![("n", "v"), ("n", "w")],
+        };
+        let mut bytes = vec![0];
+        all.encode(&mut bytes);
+        bytes[0] = u8::try_from(bytes.len() - 1).unwrap();
+
+        assert_eq!(ConnectProperties::decode(&mut Reader::new(&bytes)), Ok(all));
     }
 }

@@ -245,3 +245,135 @@ impl RetainHandling {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filter(text: &str) -> TopicFilter {
+        TopicFilter::new(text).unwrap()
+    }
+
+    #[test]
+    fn mqtt_4_7_1_1_the_multi_level_wildcard_stands_alone_and_last() {
+        for text in ["#", "a/#", "/#", "+/#"] {
+            assert!(TopicFilter::new(text).is_ok(), "{text}");
+        }
+        for text in ["a#", "#/a", "a/#/b", "a/b#", "##", "#/"] {
+            assert_eq!(
+                TopicFilter::new(text),
+                Err(InvalidTopic::MultiLevelWildcard),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn mqtt_4_7_1_2_the_single_level_wildcard_fills_its_level() {
+        for text in ["+", "+/+", "a/+/b", "/+", "+/"] {
+            assert!(TopicFilter::new(text).is_ok(), "{text}");
+        }
+        for text in ["a+", "+a", "a/b+/c", "++"] {
+            assert_eq!(
+                TopicFilter::new(text),
+                Err(InvalidTopic::SingleLevelWildcard),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn mqtt_4_7_2_1_a_leading_wildcard_matches_no_dollar_topics() {
+        assert!(!filter("#").matches("$SYS/uptime"));
+        assert!(!filter("+/uptime").matches("$SYS/uptime"));
+        assert!(filter("$SYS/#").matches("$SYS/uptime"));
+        assert!(filter("$SYS/+").matches("$SYS/uptime"));
+        assert!(filter("a/#").matches("a/$b"));
+    }
+
+    #[test]
+    fn mqtt_4_7_3_names_and_filters_are_texts_of_1_to_65535_bytes_without_null() {
+        let longest = "x".repeat(65_535);
+        let too_long = "x".repeat(65_536);
+        for (text, expected) in [
+            ("", Err(InvalidTopic::Empty)),
+            ("a\0b", Err(InvalidTopic::Null)),
+            (&too_long, Err(InvalidTopic::TooLong)),
+            (&longest, Ok(())),
+            ("/", Ok(())),
+            (" ", Ok(())),
+        ] {
+            assert_eq!(validate_topic_name(text), expected);
+            assert_eq!(TopicFilter::new(text).map(|_| ()), expected);
+        }
+    }
+
+    #[test]
+    fn mqtt_3_3_2_2_names_have_no_wildcards() {
+        for text in ["#", "a/+", "a+b"] {
+            assert_eq!(validate_topic_name(text), Err(InvalidTopic::WildcardInName));
+        }
+    }
+
+    #[test]
+    fn mqtt_4_7_3_4_levels_are_compared_one_by_one() {
+        for (text, topic, expected) in [
+            ("sport/tennis/player1/#", "sport/tennis/player1", true),
+            (
+                "sport/tennis/player1/#",
+                "sport/tennis/player1/score/wimbledon",
+                true,
+            ),
+            ("sport/#", "sport", true),
+            ("sport/#", "sports", false),
+            ("sport/tennis/+", "sport/tennis/player1", true),
+            ("sport/tennis/+", "sport/tennis/player1/ranking", false),
+            ("sport/+", "sport", false),
+            ("sport/+", "sport/", true),
+            ("+/+", "/finance", true),
+            ("/+", "/finance", true),
+            ("+", "/finance", false),
+            ("#", "/", true),
+            ("a", "A", false),
+            ("a/b", "a", false),
+            ("a", "a/b", false),
+            ("+/b/#", "a/b", true),
+        ] {
+            assert_eq!(filter(text).matches(topic), expected, "{text} {topic}");
+        }
+    }
+
+    #[test]
+    fn mqtt_4_8_2_1_shared_subscriptions_have_a_name_and_a_filter() {
+        for text in [
+            "$share",
+            "$share/",
+            "$share/g",
+            "$share/g/",
+            "$share//t",
+            "$share/g+/t",
+            "$share/#/t",
+        ] {
+            assert_eq!(
+                SubscriptionFilter::parse(text),
+                Err(InvalidTopic::ShareName),
+                "{text}"
+            );
+        }
+        assert_eq!(
+            SubscriptionFilter::parse("$share/g/a/#/b"),
+            Err(InvalidTopic::MultiLevelWildcard)
+        );
+        assert_eq!(SubscriptionFilter::parse("$shared").unwrap().share, None);
+    }
+
+    #[test]
+    fn a_subscription_filter_is_shown_as_it_was_written() {
+        for text in ["a/+", "$share/group/a/#", "$share/g//t", "$SYS/#"] {
+            assert_eq!(SubscriptionFilter::parse(text).unwrap().to_string(), text);
+        }
+        let shared = SubscriptionFilter::parse("$share/group/a/#").unwrap();
+        assert_eq!(shared.share.unwrap().as_str(), "group");
+        assert_eq!(shared.filter.as_str(), "a/#");
+    }
+}
