@@ -6,8 +6,8 @@
 //!
 //! Start reading at [`Store`].
 
-pub mod embedded;
-pub mod memory;
+pub(crate) mod embedded;
+pub(crate) mod memory;
 
 #[cfg(test)]
 mod contract;
@@ -23,7 +23,8 @@ use crate::mqtt::{Message, PacketId, ProtocolVersion, QoS, SubscriptionFilter};
 /// Durable state of all sessions. One writer: `write` is never called twice at a time.
 #[async_trait]
 pub(crate) trait Store: fmt::Debug + Send + Sync {
-    /// Everything needed to serve after a restart, except the messages that wait in inboxes.
+    /// Everything needed to serve after a restart, except the messages that wait in inboxes, in no
+    /// particular order. Called before the first `write`.
     ///
     /// # Errors
     /// `StoreError` if what is stored cannot be read; nothing must be served then.
@@ -32,20 +33,29 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     /// Applies `changes` in order, all or none; on `Ok` they survive the loss of power.
     ///
     /// Each change may be applied twice without harm: replacing what is there, removing what is not.
+    /// What belongs to a session counts from the [`Change::SaveSession`] that makes it to its
+    /// [`Change::EndSession`]; whatever is written for it before or after may be forgotten, and is
+    /// never read again once it has ended. A caller that stops waiting does not undo the write.
     ///
     /// # Errors
-    /// `StoreError` when the outcome is unknown; the caller must acknowledge nothing of it.
+    /// `StoreError` when the outcome is unknown; the caller must acknowledge nothing of it. Later
+    /// writes may then fail for the same reason.
     async fn write(&self, changes: Arc<Vec<Change>>) -> Result<(), StoreError>;
 
     /// The chunks of an inbox in key order, from the one whose key is `range.from` or follows it,
-    /// up to but without the key `range.before`; as many as fit into `range.bytes_max`, but at
-    /// least one if there is any. Sees every change of a `write` that has returned.
+    /// up to but without the key `range.before`; as many as fit into `range.bytes_max` (the sum of
+    /// [`Message::len`]), but at least one if there is any. Sees every change of a `write` that has
+    /// returned, and of one that has not either all or none.
+    ///
+    /// Give the oldest key that can still be there as `range.from`: finding the first chunk may
+    /// cost time for every one that was removed before it.
     ///
     /// # Errors
     /// `StoreError` if they cannot be read; none of them is lost.
     async fn read_inbox(&self, range: InboxRange) -> Result<Vec<Chunk>, StoreError>;
 
-    /// Ends all work; afterwards another process may open the same data.
+    /// Finishes the writes and reads that have begun; afterwards another process may open the same
+    /// data. The last call to a store.
     async fn close(&self);
 }
 
@@ -63,7 +73,7 @@ pub(crate) enum StoreError {
 }
 
 /// One incarnation of a session. A clean start makes a new one, so that whatever was written for
-/// the old one can never be read again.
+/// the old one can never be read again. No id is ever used for a second one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct SessionId(pub(crate) [u8; 12]);
 
@@ -214,7 +224,8 @@ pub(crate) enum Change {
 pub(crate) struct Stored {
     pub(crate) sessions: Vec<StoredSession>,
     pub(crate) retained: Vec<Retained>,
-    /// The largest clock value in any key; new ones must be greater.
+    /// The largest clock value in the key of any chunk and the message of any exchange; new ones
+    /// must be greater. Zero if there are none.
     pub(crate) last_hlc: u64,
 }
 
@@ -245,8 +256,16 @@ pub(crate) struct InboxSummary {
 }
 
 impl MessageId {
-    pub(crate) const MIN: Self = Self { hlc: 0, node: 0, index: 0 };
-    pub(crate) const MAX: Self = Self { hlc: u64::MAX, node: u32::MAX, index: u16::MAX };
+    pub(crate) const MIN: Self = Self {
+        hlc: 0,
+        node: 0,
+        index: 0,
+    };
+    pub(crate) const MAX: Self = Self {
+        hlc: u64::MAX,
+        node: u32::MAX,
+        index: u16::MAX,
+    };
 }
 
 impl fmt::Debug for SessionId {
