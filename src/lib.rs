@@ -1,9 +1,29 @@
 //! midge: an MQTT 3.1, 3.1.1 and 5.0 broker that loses nothing it acknowledged.
 //!
 //! The binary is a thin layer over this library; a program that wants a broker inside itself uses
-//! the library directly.
+//! the library directly: [`Broker::builder`].
 
 pub mod auth;
+mod broker;
+pub mod cli;
+pub mod config;
+pub mod embed;
+mod metrics;
 pub mod mqtt;
-#[expect(dead_code, reason = "the broker comes next")]
+mod net;
+pub mod server;
+mod session;
 mod store;
+pub mod telemetry;
+
+pub use server::Broker;
+
+/// The Rust in the documentation has to compile.
+#[cfg(doctest)]
+mod documentation {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+
+    #[doc = include_str!("../docs/embedding.md")]
+    struct Embedding;
+}

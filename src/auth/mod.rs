@@ -1,7 +1,16 @@
 //! Who may connect, publish and subscribe.
 //!
 //! Owns the two questions ([`Authenticator`], [`Authorizer`]) and the answers that midge has built
-//! in: nobody configured, and a users file. It never sees a socket or a session.
+//! in: nobody configured (`anonymous`), and a users file (`users`). It never sees a socket or a
+//! session.
+
+mod anonymous;
+pub(crate) mod edit;
+pub(crate) mod password;
+mod pattern;
+mod recent;
+mod rules;
+pub(crate) mod users;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -9,7 +18,12 @@ use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 
+use crate::config::problem::Problem;
+use crate::config::{Auth, ConfigError};
 use crate::mqtt::{QoS, ReasonCode};
+
+use anonymous::Anonymous;
+use users::{Users, UsersFile};
 
 /// An answer at once, or one that takes a while (a password hash, another service). Whoever asks
 /// waits for it without blocking anybody else.
@@ -56,7 +70,11 @@ pub enum AuthenticationError {
 #[derive(Clone, Copy, Debug)]
 pub enum Request<'a> {
     /// May the client publish to this topic? Asked for Wills too.
-    Publish { topic: &'a str, qos: QoS, retain: bool },
+    Publish {
+        topic: &'a str,
+        qos: QoS,
+        retain: bool,
+    },
     /// May the client subscribe to this Topic Filter (without its `$share` prefix)?
     Subscribe { filter: &'a str },
     /// May this message be forwarded to the client?
@@ -85,6 +103,29 @@ pub trait Authorizer: fmt::Debug + Send + Sync {
 
     /// Whether [`Request::Receive`] can be refused at all; it is not asked otherwise.
     fn restricts_receive(&self) -> bool;
+}
+
+/// Those who answer.
+pub type Access = (Arc<dyn Authenticator>, Arc<dyn Authorizer>);
+
+/// Those who answer, as `config` wants it.
+///
+/// # Errors
+/// Everything that is wrong with the users file.
+pub fn from_config(config: &Auth) -> Result<Access, ConfigError> {
+    let anonymous = config.allows_anonymous();
+    Ok(match &config.users_file {
+        None => {
+            let anonymous = Arc::new(Anonymous::new(anonymous));
+            (Arc::clone(&anonymous) as _, anonymous)
+        }
+        Some(path) => {
+            let users = Users::new(UsersFile::read(path)?, anonymous)
+                .map_err(|_| Problem::without_place("the system has no random numbers"))?;
+            let users = Arc::new(users);
+            (Arc::clone(&users) as _, users)
+        }
+    })
 }
 
 impl AuthenticationError {

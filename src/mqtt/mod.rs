@@ -14,6 +14,7 @@ pub mod packet;
 pub mod property;
 pub mod reason;
 pub mod topic;
+pub mod topic_tree;
 
 #[cfg(test)]
 mod arbitrary;

@@ -462,6 +462,11 @@ impl PropertiesBuffer {
         property.encode(&mut self.0);
     }
 
+    /// Bytes on the wire, without the Property Length.
+    pub fn encoded_length(&self) -> usize {
+        self.0.len()
+    }
+
     pub fn as_properties(&self) -> Properties<'_> {
         Properties(&self.0)
     }

@@ -1,5 +1,7 @@
 //! Reason Codes, section 2.4, and the Connect Return Codes of version 3.
 
+use std::fmt;
+
 use super::packet::PacketType;
 
 /// A Reason Code. Several names of the specification share value 0 and 0x18 and so on; the name
@@ -164,5 +166,56 @@ impl ReasonCode {
             | PacketType::PingReq
             | PacketType::PingResp => false,
         }
+    }
+}
+
+/// In words, for people.
+impl fmt::Display for ReasonCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Success => "success",
+            Self::GrantedQoS1 => "granted QoS 1",
+            Self::GrantedQoS2 => "granted QoS 2",
+            Self::DisconnectWithWillMessage => "disconnect with will message",
+            Self::NoMatchingSubscribers => "no matching subscribers",
+            Self::NoSubscriptionExisted => "no subscription existed",
+            Self::ContinueAuthentication => "continue authentication",
+            Self::ReAuthenticate => "re-authenticate",
+            Self::UnspecifiedError => "unspecified error",
+            Self::MalformedPacket => "malformed packet",
+            Self::ProtocolError => "protocol error",
+            Self::ImplementationSpecificError => "implementation specific error",
+            Self::UnsupportedProtocolVersion => "unsupported protocol version",
+            Self::ClientIdentifierNotValid => "client identifier not valid",
+            Self::BadUserNameOrPassword => "bad user name or password",
+            Self::NotAuthorized => "not authorised",
+            Self::ServerUnavailable => "server unavailable",
+            Self::ServerBusy => "server busy",
+            Self::Banned => "banned",
+            Self::ServerShuttingDown => "server shutting down",
+            Self::BadAuthenticationMethod => "bad authentication method",
+            Self::KeepAliveTimeout => "keep alive timeout",
+            Self::SessionTakenOver => "session taken over",
+            Self::TopicFilterInvalid => "topic filter invalid",
+            Self::TopicNameInvalid => "topic name invalid",
+            Self::PacketIdentifierInUse => "packet identifier in use",
+            Self::PacketIdentifierNotFound => "packet identifier not found",
+            Self::ReceiveMaximumExceeded => "receive maximum exceeded",
+            Self::TopicAliasInvalid => "topic alias invalid",
+            Self::PacketTooLarge => "packet too large",
+            Self::MessageRateTooHigh => "message rate too high",
+            Self::QuotaExceeded => "quota exceeded",
+            Self::AdministrativeAction => "administrative action",
+            Self::PayloadFormatInvalid => "payload format invalid",
+            Self::RetainNotSupported => "retain not supported",
+            Self::QoSNotSupported => "QoS not supported",
+            Self::UseAnotherServer => "use another server",
+            Self::ServerMoved => "server moved",
+            Self::SharedSubscriptionsNotSupported => "shared subscriptions not supported",
+            Self::ConnectionRateExceeded => "connection rate exceeded",
+            Self::MaximumConnectTime => "maximum connect time",
+            Self::SubscriptionIdentifiersNotSupported => "subscription identifiers not supported",
+            Self::WildcardSubscriptionsNotSupported => "wildcard subscriptions not supported",
+        })
     }
 }

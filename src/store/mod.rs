@@ -266,6 +266,22 @@ impl MessageId {
         node: u32::MAX,
         index: u16::MAX,
     };
+
+    /// The next key that can be.
+    pub(crate) fn successor(self) -> Self {
+        match (self.index.checked_add(1), self.node.checked_add(1)) {
+            (Some(index), _) => Self { index, ..self },
+            (None, Some(node)) => Self {
+                node,
+                index: 0,
+                ..self
+            },
+            (None, None) => Self {
+                hlc: self.hlc + 1,
+                ..Self::MIN
+            },
+        }
+    }
 }
 
 impl fmt::Debug for SessionId {

@@ -4,7 +4,7 @@
 //! sessions left behind ([`sweeper`]). Reads run beside them on the runtime's blocking threads.
 //! Nothing here blocks a runtime worker.
 //!
-//! Start reading at [`EmbeddedStore`]; the bytes are described in [`format`](self::format).
+//! Start reading at [`EmbeddedStore`]; the bytes are described in [`mod@format`].
 
 mod format;
 mod sweeper;

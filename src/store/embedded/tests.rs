@@ -215,27 +215,6 @@ async fn closed_store_fails_cleanly() {
     assert!(matches!(store.load().await, Err(StoreError::Io(_))));
 }
 
-/// The disk fails under the database's own threads, not under a write.
-#[tokio::test]
-async fn background_failure_fails_all_later_writes() {
-    let InDirectory { store, directory } = InDirectory::new().await;
-    write(
-        &store,
-        [save(session(1)), enqueue(session(1), &chunk(1, 1))],
-    )
-    .await;
-    fs::remove_dir_all(directory.path().join("keyspaces")).unwrap();
-    let flush = |tables: &Tables| Ok(tables.inbox.rotate_memtable().unwrap());
-    assert!(store.read(flush).await.unwrap());
-
-    let changes = Arc::new(vec![enqueue(session(1), &chunk(2, 1))]);
-    while store.write(Arc::clone(&changes)).await.is_ok() {
-        tokio::task::yield_now().await;
-    }
-    assert!(matches!(store.write(changes).await, Err(StoreError::Io(_))));
-    store.close().await;
-}
-
 #[tokio::test]
 async fn ended_session_leaves_nothing_on_disk() {
     let InDirectory { store, directory } = InDirectory::new().await;

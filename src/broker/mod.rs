@@ -1,0 +1,269 @@
+//! One node: who is connected, who wants what, and what must become durable.
+//!
+//! Owns the sessions of this node, the subscriptions, the retained messages and the flush. It has
+//! no socket and knows no protocol packet; `net::connection` brings clients to it.
+//!
+//! Start reading at [`Node::publish`], the way of a message, then [`flush`] and [`mailbox`].
+
+pub(crate) mod clients;
+pub(crate) mod consumer;
+pub(crate) mod flush;
+pub(crate) mod group;
+pub(crate) mod mailbox;
+pub(crate) mod retained;
+pub(crate) mod sessions;
+pub(crate) mod subscriptions;
+pub(crate) mod sys;
+pub(crate) mod trim;
+pub(crate) mod wills;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::auth::Authorizer;
+use crate::metrics::Totals;
+use crate::mqtt::{Message, QoS, SubscriptionFilter};
+use crate::session::{Delivery, Origin};
+use crate::store::{Change, Retained, SessionId, Store};
+use clients::Clients;
+use consumer::Consumer;
+use flush::{Flusher, Receipt};
+use group::Group;
+use mailbox::{Dropped, Mailbox, MailboxLimits};
+use retained::RetainedMessages;
+use sessions::Deadlines;
+use subscriptions::{Matches, Subscriptions};
+
+/// What the operator lets this node keep.
+#[derive(Clone, Debug)]
+pub(crate) struct NodeLimits {
+    pub(crate) mailbox: MailboxLimits,
+    pub(crate) subscriptions_per_client_max: usize,
+    pub(crate) retained_messages_max: u64,
+    pub(crate) topic_levels_max: usize,
+    pub(crate) topic_bytes_max: usize,
+    /// Seconds; `u32::MAX` sets no limit.
+    pub(crate) session_expiry_max: u32,
+}
+
+/// This node.
+pub(crate) struct Node {
+    pub(crate) name: Arc<str>,
+    pub(crate) limits: NodeLimits,
+    pub(crate) authorizer: Arc<dyn Authorizer>,
+    pub(crate) flusher: Arc<Flusher>,
+    store: Arc<dyn Store>,
+    pub(crate) clients: Clients,
+    pub(crate) subscriptions: Subscriptions,
+    pub(crate) retained: RetainedMessages,
+    groups: Mutex<HashMap<SubscriptionFilter, Arc<Group>>>,
+    groups_by_session: Mutex<HashMap<SessionId, Arc<Group>>>,
+    deadlines: Deadlines,
+    pub(crate) totals: Totals,
+    pub(crate) dropped: Arc<Dropped>,
+    /// The dispatchers of share groups.
+    tasks: TaskTracker,
+    /// Ends what runs in the background.
+    pub(crate) stopping: CancellationToken,
+}
+
+/// Who publishes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Publisher<'a> {
+    pub(crate) client_id: &'a Arc<str>,
+    /// The mailbox of its session, for subscriptions with No Local.
+    pub(crate) mailbox: Option<&'a Arc<Mailbox>>,
+}
+
+/// What a publisher sent last, and to whom it went: most publish to one topic.
+#[derive(Debug, Default)]
+pub(crate) struct LastTopic {
+    topic: String,
+    version: u64,
+    matches: Option<Arc<Matches>>,
+}
+
+/// What became of a message.
+#[derive(Debug)]
+pub(crate) struct Published {
+    /// To be acknowledged once this is durable.
+    pub(crate) receipt: Receipt,
+    pub(crate) matched: bool,
+    /// A client that takes messages more slowly than this publisher sends them, but does take
+    /// them: the publisher does well to wait a moment.
+    pub(crate) crowded: Option<Arc<Mailbox>>,
+}
+
+impl Node {
+    pub(crate) fn new(
+        name: Arc<str>,
+        limits: NodeLimits,
+        authorizer: Arc<dyn Authorizer>,
+        store: Arc<dyn Store>,
+        last_hlc: u64,
+    ) -> Self {
+        Self {
+            name,
+            limits,
+            authorizer,
+            flusher: Arc::new(Flusher::new(store.clone(), last_hlc)),
+            store,
+            clients: Clients::new(),
+            subscriptions: Subscriptions::new(),
+            retained: RetainedMessages::default(),
+            groups: Mutex::default(),
+            groups_by_session: Mutex::default(),
+            deadlines: Deadlines::default(),
+            totals: Totals::default(),
+            dropped: Arc::default(),
+            tasks: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+        }
+    }
+
+    /// Hands a message to everybody who wants it, and to the flush what must be durable before it
+    /// may be acknowledged. `with` becomes durable together with it.
+    pub(crate) fn publish(
+        &self,
+        message: &Message,
+        publisher: Publisher<'_>,
+        last_topic: &mut LastTopic,
+        with: Option<Change>,
+    ) -> Published {
+        let matches = self.matches(message.topic(), last_topic);
+        let qos = message.qos();
+        let mut crowded = None;
+        let mut matched = !matches.groups.is_empty();
+        let stores = with.is_some()
+            || message.retain()
+            || (qos > QoS::AtMostOnce && matches.anything_stored());
+        let mut additions = stores.then(|| self.flusher.add());
+        if let Some(additions) = &mut additions {
+            if let Some(change) = with {
+                additions.persist(change);
+            }
+            if message.retain() {
+                self.retain(message, publisher.client_id, additions);
+            }
+        }
+        for found in &matches.sessions {
+            let own = publisher
+                .mailbox
+                .is_some_and(|mailbox| Arc::ptr_eq(mailbox, &found.mailbox));
+            let terms = if own {
+                // [MQTT-3.8.3-3]
+                let Some(terms) = &found.own_terms else {
+                    continue;
+                };
+                terms
+            } else {
+                &found.terms
+            };
+            matched = true;
+            let delivery = Delivery {
+                message: message.clone(),
+                qos: qos.min(terms.maximum_qos),
+                retain: message.retain() && terms.retain_as_published,
+                subscription_identifiers: terms.identifiers.clone(),
+                origin: Origin::Memory,
+            };
+            match &mut additions {
+                Some(additions) if delivery.qos > QoS::AtMostOnce && found.mailbox.is_durable() => {
+                    additions.enqueue(&found.mailbox, delivery);
+                }
+                _ => {
+                    if found.mailbox.push(delivery) {
+                        crowded = Some(&found.mailbox);
+                    }
+                }
+            }
+        }
+        for group in &matches.groups {
+            match &mut additions {
+                Some(additions) if group.stores(qos) => group.enqueue(message, additions),
+                _ => {
+                    if group.push(message) {
+                        crowded = Some(group.mailbox());
+                    }
+                }
+            }
+        }
+        Published {
+            receipt: additions.map_or(Receipt::NOTHING, |additions| additions.receipt()),
+            matched,
+            crowded: crowded.cloned(),
+        }
+    }
+
+    fn matches(&self, topic: &str, last: &mut LastTopic) -> Arc<Matches> {
+        let version = self.subscriptions.version();
+        if let Some(matches) = &last.matches
+            && last.version == version
+            && last.topic == topic
+        {
+            return matches.clone();
+        }
+        let matches = self.subscriptions.matches(topic);
+        last.topic.clear();
+        last.topic.push_str(topic);
+        last.version = version;
+        last.matches = Some(matches.clone());
+        matches
+    }
+
+    /// Replaces or clears the retained message of a topic, [MQTT-3.3.1-5], [MQTT-3.3.1-6].
+    fn retain(
+        &self,
+        message: &Message,
+        publisher: &Arc<str>,
+        additions: &mut flush::Additions<'_>,
+    ) {
+        let retained = Retained {
+            message: message.clone(),
+            publisher: publisher.clone(),
+        };
+        if message.payload().is_empty() {
+            if self.retained.set(retained) {
+                additions.persist(Change::ClearRetained(message.topic().into()));
+            }
+        } else {
+            self.retained.set(retained.clone());
+            additions.persist(Change::Retain(retained));
+        }
+    }
+
+    /// Whether one more topic may have a retained message.
+    pub(crate) fn may_retain(&self, message: &Message) -> bool {
+        message.payload().is_empty()
+            || self.retained.count() < self.limits.retained_messages_max
+            || self.retained.contains(message.topic())
+    }
+
+    /// Begins to take messages out of a mailbox.
+    pub(crate) fn attach(&self, mailbox: &Arc<Mailbox>) -> Consumer {
+        Consumer::attach(mailbox.clone(), self.flusher.clone(), self.store.clone())
+    }
+
+    /// Ends the background tasks.
+    pub(crate) async fn stop(&self) {
+        self.stopping.cancel();
+        for group in self.groups.lock().values() {
+            group.close();
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}

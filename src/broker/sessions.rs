@@ -1,0 +1,758 @@
+//! From CONNECT to the end of a session: connecting, subscribing, disconnecting, expiring.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::Node;
+use super::clients::{Claim, Detached, SessionSubscriptions, Superseded};
+use super::consumer::Consumer;
+use super::flush::{Receipt, unix_ms};
+use super::group::{Group, Membership};
+use super::mailbox::Mailbox;
+use super::retained::RetainedWalk;
+use crate::mqtt::topic::{RetainHandling, SubscribeOptions};
+use crate::mqtt::{ProtocolVersion, SubscriptionFilter};
+use crate::session::connect::Terms;
+use crate::session::{Exchanges, Origin, outbound::InFlight};
+use crate::store::{
+    Change, Chunk, InboxRange, InboxSummary, MessageId, Owner, SessionId, SessionRecord, Stored,
+    StoredSession,
+};
+
+/// How long after a start a client that was connected before may come back before its Will is
+/// published: the specification lets a server that went down wait, section 3.1.2.5.
+const WILL_GRACE: Duration = Duration::from_secs(5);
+
+/// How often retained messages are looked through for expired ones. None is delivered once it has
+/// expired; this only frees what they take.
+const RETAINED_EXPIRY_INTERVAL: Duration = Duration::from_secs(60);
+
+/// A session in the hands of a connection.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    pub(crate) mailbox: Arc<Mailbox>,
+    pub(crate) subscriptions: SessionSubscriptions,
+    pub(crate) record: SessionRecord,
+    /// QoS 1 and 2 messages that may be in flight to the client.
+    pub(crate) window: u16,
+}
+
+/// What CONNECT led to.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) connected: Connected,
+    pub(crate) consumer: Consumer,
+    pub(crate) exchanges: Exchanges,
+    pub(crate) session_present: bool,
+    /// CONNACK may be sent once this is durable.
+    pub(crate) receipt: Receipt,
+}
+
+/// What becomes of a Will as the connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WillFate {
+    /// The client sent DISCONNECT, [MQTT-3.14.4-3].
+    Discard,
+    /// Now, or after its delay.
+    Publish,
+    /// The broker is going down, and the Will waits in the store for its next start.
+    Keep,
+}
+
+/// A subscription has been made.
+#[derive(Debug)]
+pub(crate) struct Subscribed {
+    pub(crate) receipt: Receipt,
+    /// Retained messages to send.
+    pub(crate) retained: Option<RetainedWalk>,
+}
+
+/// What is due when, for sessions without a connection.
+#[derive(Debug, Default)]
+pub(super) struct Deadlines {
+    /// Unix milliseconds, client id.
+    due: Mutex<BTreeSet<(u64, Arc<str>)>>,
+    sooner: Notify,
+}
+
+impl Deadlines {
+    fn add(&self, at: u64, client_id: &Arc<str>) {
+        let mut due = self.due.lock();
+        due.insert((at, client_id.clone()));
+        if due.first().is_some_and(|(first, _)| *first == at) {
+            self.sooner.notify_one();
+        }
+    }
+
+    fn add_record(&self, client_id: &Arc<str>, record: &SessionRecord) {
+        let will_due = record.will.as_ref().and_then(|will| will.due_at);
+        for at in [record.ends_at, will_due].into_iter().flatten() {
+            self.add(at, client_id);
+        }
+    }
+
+    fn remove_record(&self, client_id: &Arc<str>, record: &SessionRecord) {
+        let will_due = record.will.as_ref().and_then(|will| will.due_at);
+        let mut due = self.due.lock();
+        for at in [record.ends_at, will_due].into_iter().flatten() {
+            due.remove(&(at, client_id.clone()));
+        }
+    }
+
+    /// Takes out who is due, and says when the next one is.
+    fn take_due(&self, now: u64) -> (Vec<Arc<str>>, Option<u64>) {
+        let mut due = self.due.lock();
+        let mut taken = Vec::new();
+        while due.first().is_some_and(|(at, _)| *at <= now) {
+            taken.extend(due.pop_first().map(|(_, client_id)| client_id));
+        }
+        (taken, due.first().map(|(at, _)| *at))
+    }
+}
+
+impl Node {
+    /// Gives a connection the session of its client: the one that is there, or a new one.
+    ///
+    /// The future must be run to its end.
+    pub(crate) async fn connect(&self, terms: &Terms) -> Result<Opened, Superseded> {
+        let durable = terms.expiry_interval > 0;
+        let resumes = |detached: &Detached| {
+            let expired = detached.record.ends_at.is_some_and(|at| at <= unix_ms());
+            // What ended with its connection waits for its Will only.
+            !terms.clean_start && !expired && detached.mailbox.is_durable()
+        };
+        let create = || self.new_mailbox(terms.client_id.clone(), durable);
+        let Claim {
+            mailbox,
+            resumed,
+            ended,
+        } = self
+            .clients
+            .claim(&terms.client_id, resumes, create)
+            .await?;
+        let ended = ended.map_or(Receipt::NOTHING, |ended| self.end_session(*ended));
+        let session_present = resumed.is_some();
+        let (subscriptions, mut exchanges) = match resumed {
+            Some(detached) => {
+                self.deadlines
+                    .remove_record(&terms.client_id, &detached.record);
+                (detached.subscriptions, detached.exchanges)
+            }
+            None => Default::default(),
+        };
+        let record = SessionRecord {
+            owner: Owner::Client(terms.client_id.clone()),
+            session: mailbox.session,
+            version: terms.version,
+            connected: true,
+            expiry_interval: terms.expiry_interval,
+            ends_at: None,
+            will: terms.will.clone(),
+        };
+        let receipt = if mailbox.is_durable() || record.will.is_some() {
+            self.flusher
+                .persist(Change::SaveSession(Box::new(record.clone())))
+        } else {
+            ended
+        };
+        for (group, id, _) in exchanges.outbound.bound_to_groups() {
+            let is_member = |group: Arc<Group>| subscriptions.contains_key(group.filter());
+            if !self.group_of_inbox(group).is_some_and(is_member)
+                && let Some(packet_id) = exchanges.outbound.forget(Origin::Group(group, id))
+            {
+                // The message goes to other members, if there are any.
+                self.flusher.persist(Change::EndExchange {
+                    session: mailbox.session,
+                    packet_id,
+                });
+            }
+        }
+        let connected = Connected {
+            mailbox,
+            subscriptions,
+            record,
+            window: terms.send_maximum,
+        };
+        let consumer = self.attach(&connected.mailbox);
+        for group in self.groups_of(&connected.subscriptions) {
+            group.come_online(&terms.client_id, &connected.mailbox, connected.window, self);
+        }
+        Ok(Opened {
+            connected,
+            consumer,
+            exchanges,
+            session_present,
+            receipt,
+        })
+    }
+
+    /// Takes a session back from a connection that has ended.
+    pub(crate) async fn disconnect(
+        &self,
+        connected: Connected,
+        consumer: Consumer,
+        mut exchanges: Exchanges,
+        will: WillFate,
+    ) {
+        let Connected {
+            mailbox,
+            subscriptions,
+            mut record,
+            ..
+        } = connected;
+        let client_id = mailbox.client_id.clone();
+        consumer.detach();
+        exchanges.outbound.take_redistributable();
+        let begun = exchanges.outbound.bound_to_groups();
+        for group in self.groups_of(&subscriptions) {
+            let of_group = |(session, id, _): &(SessionId, MessageId, bool)| {
+                (*session == group.session()).then_some(*id)
+            };
+            let begun: Vec<_> = begun.iter().filter_map(of_group).collect();
+            group.go_offline(&client_id, &begun);
+        }
+        if mailbox.is_durable() {
+            mailbox.set_begun(exchanges.outbound.last_in(mailbox.session));
+            self.store_partly_settled(&mailbox).await;
+        }
+        let now = unix_ms();
+        record.connected = false;
+        let lasts = mailbox.is_durable() && record.expiry_interval > 0;
+        record.ends_at =
+            (record.expiry_interval != u32::MAX).then(|| now + seconds(record.expiry_interval));
+        match will {
+            // A session that ends is removed from the store with its Will.
+            WillFate::Discard if lasts => record.will = None,
+            WillFate::Discard => {}
+            WillFate::Publish => {
+                if let Some(will) = &mut record.will {
+                    // The end of the session is the latest moment, [MQTT-3.1.3-9].
+                    will.due_at =
+                        Some(now + seconds(will.delay_interval.min(record.expiry_interval)));
+                }
+            }
+            WillFate::Keep => {
+                if let Some(will) = &mut record.will {
+                    let delay = WILL_GRACE.max(Duration::from_secs(will.delay_interval.into()));
+                    will.due_at = Some(now + delay.as_millis() as u64);
+                }
+            }
+        }
+        let detached = Box::new(Detached {
+            mailbox,
+            subscriptions,
+            exchanges,
+            record,
+        });
+        if will == WillFate::Keep {
+            if detached.record.will.is_some() || lasts {
+                self.flusher
+                    .persist(Change::SaveSession(Box::new(detached.record.clone())));
+            }
+            self.clients.release(&client_id, None);
+        } else if lasts {
+            let mut detached = detached;
+            self.save_detached(&mut detached, now);
+            self.deadlines.add_record(&client_id, &detached.record);
+            self.clients.release(&client_id, Some(detached));
+        } else {
+            self.end_session(*detached);
+            self.clients.release(&client_id, None);
+        }
+    }
+
+    /// Writes what a session without a connection is, publishing its Will if that is due.
+    fn save_detached(&self, detached: &mut Detached, now: u64) {
+        let client_id = detached.mailbox.client_id.clone();
+        match detached
+            .record
+            .will
+            .take_if(|will| will.due_at.is_some_and(|at| at <= now))
+        {
+            Some(will) => {
+                let save = Change::SaveSession(Box::new(detached.record.clone()));
+                self.publish_will(&client_id, &will, save);
+            }
+            None => {
+                self.flusher
+                    .persist(Change::SaveSession(Box::new(detached.record.clone())));
+            }
+        }
+    }
+
+    /// Ends a session: nothing of it is left but its Will, which is published now, [MQTT-3.1.2-8].
+    pub(crate) fn end_session(&self, mut detached: Detached) -> Receipt {
+        let mailbox = &detached.mailbox;
+        let finished = detached.exchanges.outbound.bound_to_groups();
+        for (filter, _) in std::mem::take(&mut detached.subscriptions) {
+            if filter.share.is_some() {
+                if let Some(group) = self.group(&filter) {
+                    for (session, id, received) in &finished {
+                        if *received && *session == group.session() {
+                            group.finish(*id, &mut self.flusher.add());
+                        }
+                    }
+                }
+                self.leave_group(&filter, &mailbox.client_id);
+            } else {
+                self.subscriptions.unsubscribe(&filter.filter, mailbox);
+            }
+        }
+        let end = Change::EndSession(mailbox.session);
+        match detached.record.will.take() {
+            Some(will) if will.due_at.is_some() => {
+                self.publish_will(&mailbox.client_id, &will, end)
+            }
+            Some(_) => self.flusher.persist(end),
+            None if mailbox.is_durable() => self.flusher.persist(end),
+            None => Receipt::NOTHING,
+        }
+    }
+
+    /// Makes or replaces a subscription that has been allowed.
+    pub(crate) fn subscribe(
+        self: &Arc<Self>,
+        connected: &mut Connected,
+        filter: &SubscriptionFilter,
+        options: SubscribeOptions,
+        identifier: Option<u32>,
+    ) -> Subscribed {
+        let mailbox = &connected.mailbox;
+        let known = connected
+            .subscriptions
+            .insert(filter.clone(), (options, identifier));
+        let mut retained = None;
+        if filter.share.is_some() {
+            self.join_group(filter, connected, options, identifier);
+        } else {
+            self.subscriptions
+                .subscribe(&filter.filter, mailbox, options, identifier);
+            let send = match options.retain_handling {
+                RetainHandling::SendAtSubscribe => true,
+                RetainHandling::SendIfNew => known.is_none(),
+                RetainHandling::DoNotSend => false,
+            };
+            retained = send.then(|| self.retained.walk(filter.filter.clone()));
+        }
+        let mut receipt = Receipt::NOTHING;
+        if mailbox.is_durable() && known != Some((options, identifier)) {
+            let filter = filter.clone();
+            let change = Change::Subscribe {
+                session: mailbox.session,
+                filter,
+                options,
+                identifier,
+            };
+            receipt = self.flusher.persist(change);
+        }
+        Subscribed { receipt, retained }
+    }
+
+    /// Ends a subscription; `None` if there was none.
+    pub(crate) fn unsubscribe(
+        &self,
+        connected: &mut Connected,
+        filter: &SubscriptionFilter,
+    ) -> Option<Receipt> {
+        connected.subscriptions.remove(filter)?;
+        let mailbox = &connected.mailbox;
+        if filter.share.is_some() {
+            self.leave_group(filter, &mailbox.client_id);
+        } else {
+            self.subscriptions.unsubscribe(&filter.filter, mailbox);
+        }
+        let change = Change::Unsubscribe {
+            session: mailbox.session,
+            filter: filter.clone(),
+        };
+        Some(if mailbox.is_durable() {
+            self.flusher.persist(change)
+        } else {
+            Receipt::NOTHING
+        })
+    }
+
+    pub(crate) fn group(&self, filter: &SubscriptionFilter) -> Option<Arc<Group>> {
+        self.groups.lock().get(filter).cloned()
+    }
+
+    /// The group whose inbox this is.
+    pub(crate) fn group_of_inbox(&self, session: SessionId) -> Option<Arc<Group>> {
+        self.groups_by_session.lock().get(&session).cloned()
+    }
+
+    fn groups_of(&self, subscriptions: &SessionSubscriptions) -> Vec<Arc<Group>> {
+        let shared = subscriptions.keys().filter(|filter| filter.share.is_some());
+        shared.filter_map(|filter| self.group(filter)).collect()
+    }
+
+    fn join_group(
+        self: &Arc<Self>,
+        filter: &SubscriptionFilter,
+        connected: &Connected,
+        options: SubscribeOptions,
+        identifier: Option<u32>,
+    ) {
+        let mailbox = &connected.mailbox;
+        let membership = Membership {
+            client_id: mailbox.client_id.clone(),
+            durable: mailbox.is_durable(),
+            options,
+            identifier,
+        };
+        // The group cannot be removed between being found and being joined.
+        let mut groups = self.groups.lock();
+        let group = groups.entry(filter.clone()).or_insert_with(|| {
+            let mailbox =
+                self.new_group_mailbox(filter, random_session_id(), InboxSummary::default(), false);
+            self.start_group(Group::new(filter.clone(), mailbox, HashMap::new()))
+        });
+        self.store_group(group, &membership);
+        group.join(membership, Some((mailbox.clone(), connected.window)), self);
+    }
+
+    /// A group is stored before its first durable member joins, and so before its first message.
+    fn store_group(&self, group: &Group, membership: &Membership) {
+        if membership.durable && !group.mailbox().is_durable() {
+            let record = group_record(group.filter(), group.session());
+            self.flusher.persist(Change::SaveSession(Box::new(record)));
+        }
+    }
+
+    fn start_group(self: &Arc<Self>, group: Group) -> Arc<Group> {
+        let group = Arc::new(group);
+        self.groups_by_session
+            .lock()
+            .insert(group.session(), group.clone());
+        self.subscriptions.add_group(&group);
+        self.tasks.spawn(group.clone().dispatch(self.clone()));
+        group
+    }
+
+    fn leave_group(&self, filter: &SubscriptionFilter, client_id: &str) {
+        let mut groups = self.groups.lock();
+        let Some(group) = groups.get(filter) else {
+            return;
+        };
+        if group.leave(client_id) {
+            self.subscriptions.remove_group(group);
+            self.groups_by_session.lock().remove(&group.session());
+            if group.mailbox().is_durable() {
+                self.flusher.persist(Change::EndSession(group.session()));
+            }
+            groups.remove(filter);
+        }
+    }
+
+    /// Writes chunks anew that were acknowledged in part, so that their rest can be delivered again
+    /// without the part.
+    pub(super) async fn store_partly_settled(&self, mailbox: &Mailbox) {
+        self.rewrite_partly_settled(mailbox).await;
+        mailbox.settled();
+    }
+
+    async fn rewrite_partly_settled(&self, mailbox: &Mailbox) {
+        let parts = mailbox.take_partly_settled();
+        if parts.is_empty() {
+            return;
+        }
+        if self
+            .flusher
+            .durable(self.flusher.everything())
+            .await
+            .is_err()
+        {
+            return;
+        }
+        for (key, settled) in parts {
+            let before = MessageId {
+                hlc: key.hlc + 1,
+                ..MessageId::MIN
+            };
+            let range = InboxRange {
+                session: mailbox.session,
+                from: key,
+                before,
+                bytes_max: 1,
+            };
+            match self.store.read_inbox(range).await {
+                Ok(chunks) => {
+                    let Some(chunk) = chunks.into_iter().find(|chunk| chunk.key == key) else {
+                        continue;
+                    };
+                    let is_left = |entry: &crate::store::Entry| {
+                        !settled.contains(&(entry.id.hlc, entry.id.index))
+                    };
+                    let entries = chunk.entries.into_iter().filter(is_left).collect();
+                    self.flusher
+                        .add()
+                        .rewrite(mailbox.session, Chunk { key, entries });
+                }
+                Err(error) => {
+                    tracing::error!(event = "inbox_unreadable", client_id = %mailbox.client_id, %error)
+                }
+            }
+        }
+    }
+
+    pub(crate) fn new_mailbox(&self, client_id: Arc<str>, durable: bool) -> Arc<Mailbox> {
+        let stored = InboxSummary::default();
+        self.mailbox(random_session_id(), client_id, None, durable, stored)
+    }
+
+    fn new_group_mailbox(
+        &self,
+        filter: &SubscriptionFilter,
+        session: SessionId,
+        stored: InboxSummary,
+        durable: bool,
+    ) -> Arc<Mailbox> {
+        self.mailbox(
+            session,
+            filter.to_string().into(),
+            Some(filter.clone()),
+            durable,
+            stored,
+        )
+    }
+
+    fn mailbox(
+        &self,
+        session: SessionId,
+        client_id: Arc<str>,
+        group: Option<SubscriptionFilter>,
+        durable: bool,
+        stored: InboxSummary,
+    ) -> Arc<Mailbox> {
+        let dropped = self.dropped.clone();
+        Arc::new(Mailbox::new(
+            session,
+            client_id,
+            group,
+            durable,
+            stored,
+            self.limits.mailbox,
+            dropped,
+        ))
+    }
+
+    /// Takes up what an earlier process left in the store.
+    pub(crate) fn restore(self: &Arc<Self>, stored: Stored) {
+        for retained in stored.retained {
+            self.retained.set(retained);
+        }
+        let mut bound: HashMap<SessionId, HashMap<MessageId, Arc<str>>> = HashMap::new();
+        let (groups, clients): (Vec<_>, Vec<_>) = stored
+            .sessions
+            .into_iter()
+            .partition(|session| matches!(session.record.owner, Owner::Group(_)));
+        for session in &clients {
+            let Owner::Client(client_id) = &session.record.owner else {
+                continue;
+            };
+            for exchange in session
+                .exchanges
+                .iter()
+                .filter(|exchange| exchange.inbox != session.record.session)
+            {
+                bound
+                    .entry(exchange.inbox)
+                    .or_default()
+                    .insert(exchange.message, client_id.clone());
+            }
+        }
+        for StoredSession { record, inbox, .. } in groups {
+            let Owner::Group(filter) = &record.owner else {
+                continue;
+            };
+            let mailbox = self.new_group_mailbox(filter, record.session, inbox, true);
+            let bound = bound.remove(&record.session).unwrap_or_default();
+            let group = self.start_group(Group::new(filter.clone(), mailbox, bound));
+            self.groups.lock().insert(filter.clone(), group);
+        }
+        for session in clients {
+            self.restore_client(session);
+        }
+        let empty: Vec<_> = {
+            let groups = self.groups.lock();
+            groups
+                .values()
+                .filter(|group| group.member_count() == 0)
+                .map(|group| group.filter().clone())
+                .collect()
+        };
+        for filter in empty {
+            self.leave_group(&filter, "");
+        }
+    }
+
+    fn restore_client(self: &Arc<Self>, stored: StoredSession) {
+        let StoredSession {
+            mut record,
+            subscriptions,
+            awaiting_release,
+            exchanges,
+            inbox,
+        } = stored;
+        let Owner::Client(client_id) = record.owner.clone() else {
+            return;
+        };
+        let now = unix_ms();
+        let durable = record.expiry_interval > 0;
+        let mailbox = self.mailbox(record.session, client_id.clone(), None, durable, inbox);
+        if record.connected {
+            // The connection ended with the process that had it.
+            record.connected = false;
+            record.ends_at =
+                (record.expiry_interval != u32::MAX).then(|| now + seconds(record.expiry_interval));
+            if let Some(will) = &mut record.will {
+                let delay = WILL_GRACE.max(Duration::from_secs(will.delay_interval.into()));
+                will.due_at = Some(now + delay.as_millis() as u64);
+            }
+            self.flusher
+                .persist(Change::SaveSession(Box::new(record.clone())));
+        }
+        if let Some(due_at) = record.will.as_mut().and_then(|will| will.due_at.as_mut()) {
+            // Nobody could come back while the broker was down.
+            *due_at = (*due_at).max(now + WILL_GRACE.as_millis() as u64);
+        }
+        if let (Some(will), false) = (&record.will, durable) {
+            // A session that ended with its connection waits for its Will only.
+            record.ends_at = will.due_at;
+        }
+        let mut all = SessionSubscriptions::new();
+        for subscription in subscriptions {
+            let (options, identifier) = (subscription.options, subscription.identifier);
+            if subscription.filter.share.is_some() {
+                let membership = Membership {
+                    client_id: client_id.clone(),
+                    durable,
+                    options,
+                    identifier,
+                };
+                let mut groups = self.groups.lock();
+                let group = groups
+                    .entry(subscription.filter.clone())
+                    .or_insert_with(|| {
+                        let filter = &subscription.filter;
+                        let mailbox = self.new_group_mailbox(
+                            filter,
+                            random_session_id(),
+                            InboxSummary::default(),
+                            false,
+                        );
+                        self.start_group(Group::new(filter.clone(), mailbox, HashMap::new()))
+                    });
+                self.store_group(group, &membership);
+                group.join(membership, None, self);
+            } else {
+                self.subscriptions.subscribe(
+                    &subscription.filter.filter,
+                    &mailbox,
+                    options,
+                    identifier,
+                );
+            }
+            all.insert(subscription.filter, (options, identifier));
+        }
+        self.deadlines.add_record(&client_id, &record);
+        let exchanges = Exchanges {
+            inbound: awaiting_release.into_iter().collect(),
+            outbound: InFlight::restore(record.session, &exchanges),
+        };
+        mailbox.set_begun(exchanges.outbound.last_in(mailbox.session));
+        let detached = Detached {
+            mailbox,
+            subscriptions: all,
+            exchanges,
+            record,
+        };
+        self.clients.restore(&client_id, Box::new(detached));
+    }
+
+    /// Publishes delayed Wills, ends sessions when they are due, and forgets expired retained
+    /// messages, until the node stops.
+    pub(crate) async fn run_deadlines(&self) {
+        let mut retained_looked_at = unix_ms();
+        loop {
+            let now = unix_ms();
+            if now.saturating_sub(retained_looked_at) >= RETAINED_EXPIRY_INTERVAL.as_millis() as u64
+            {
+                retained_looked_at = now;
+                self.forget_expired_retained(now);
+            }
+            let (due, next) = self.deadlines.take_due(now);
+            for client_id in due {
+                self.look_after(&client_id, now);
+            }
+            let wait = next.map_or(RETAINED_EXPIRY_INTERVAL, |at| {
+                Duration::from_millis(at.saturating_sub(now))
+            });
+            let wait = wait.min(RETAINED_EXPIRY_INTERVAL);
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.deadlines.sooner.notified() => {}
+                () = self.stopping.cancelled() => return,
+            }
+        }
+    }
+
+    fn forget_expired_retained(&self, now: u64) {
+        for topic in self.retained.expired(now) {
+            let mut additions = self.flusher.add();
+            if self.retained.remove_expired(&topic, now) {
+                additions.persist(Change::ClearRetained(topic));
+            }
+        }
+    }
+
+    fn look_after(&self, client_id: &Arc<str>, now: u64) {
+        let ended = self.clients.with_detached(client_id, |detached| {
+            if detached.record.ends_at.is_some_and(|at| at <= now) {
+                return true;
+            }
+            if detached
+                .record
+                .will
+                .as_ref()
+                .is_some_and(|will| will.due_at.is_some_and(|at| at <= now))
+            {
+                self.save_detached(detached, now);
+            }
+            false
+        });
+        if let Some(ended) = ended {
+            tracing::info!(event = "session_expired", client_id = %client_id);
+            self.totals
+                .sessions_expired
+                .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            self.end_session(*ended);
+        }
+    }
+}
+
+fn seconds(seconds: u32) -> u64 {
+    u64::from(seconds) * 1000
+}
+
+fn group_record(filter: &SubscriptionFilter, session: SessionId) -> SessionRecord {
+    SessionRecord {
+        owner: Owner::Group(filter.clone()),
+        session,
+        version: ProtocolVersion::V5,
+        connected: false,
+        expiry_interval: u32::MAX,
+        ends_at: None,
+        will: None,
+    }
+}
+
+fn random_session_id() -> SessionId {
+    let mut id = [0; 12];
+    aws_lc_rs::rand::fill(&mut id).expect("the system has random numbers");
+    SessionId(id)
+}

@@ -1,0 +1,225 @@
+//! What the operator decides: every setting, its default, and what becomes of it when it is wrong.
+//!
+//! Owns the settings, the order of their sources (command line, environment, file, default) and
+//! the errors about them. It opens no socket and no store, and nothing changes it after the start.
+//!
+//! Start reading at [`Config`]; [`load`] brings the sources together, [`listener`] holds the one
+//! section that can be there many times.
+
+pub mod listener;
+pub mod load;
+mod nearest;
+pub(crate) mod problem;
+pub mod value;
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU16;
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use listener::{ClientAuth, Listener, ListenerKind, Tls, Transport};
+pub use load::{Loaded, Sources};
+pub use problem::ConfigError;
+pub use value::{ByteSize, Interval};
+
+use value::{choices, section};
+
+/// Everything that can be set, complete and checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub node: Node,
+    pub store: Store,
+    /// By name. The ones that some source names, or else `tcp` on 127.0.0.1:1883.
+    pub listeners: BTreeMap<String, Listener>,
+    pub auth: Auth,
+    pub limits: Limits,
+    pub session: Session,
+    pub log: Log,
+    pub sys: Sys,
+}
+
+impl Config {
+    /// Reads all sources.
+    ///
+    /// # Errors
+    /// Every problem that was found, not just the first.
+    pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
+        Ok(Loaded::new(sources)?.config)
+    }
+}
+
+/// What is in effect when no source says anything.
+impl Default for Config {
+    fn default() -> Self {
+        Self::load(&Sources::default()).expect("the defaults are valid")
+    }
+}
+
+section! {
+    /// `[node]`
+    pub struct Node {
+        /// How logs, `$SYS` topics and metrics call this broker. Default: the name of the host.
+        pub name: String = host_name(),
+    }
+}
+
+section! {
+    /// `[store]`: where sessions, queued and retained messages live.
+    pub struct Store {
+        /// `"embedded"` keeps them on disk; `"memory"` forgets them when midge stops.
+        pub kind: StoreKind = StoreKind::Embedded,
+        /// The folder of the embedded store, made if it is missing. One midge at a time can use
+        /// it. A relative path, here as everywhere, starts at the working directory.
+        pub path: PathBuf = "./midge-data".into(),
+    }
+}
+
+choices! {
+    pub enum StoreKind {
+        Embedded = "embedded",
+        Memory = "memory",
+    }
+}
+
+section! {
+    /// `[auth]`: who is let in.
+    pub struct Auth {
+        /// Whether clients need no user name. Unset, they need none as long as there is no users
+        /// file and no listener can be reached from another machine.
+        pub anonymous: Option<bool> = None,
+        /// Users, their passwords and what they may do: a file that `midge user` writes, or a
+        /// password file of Mosquitto.
+        pub users_file: Option<PathBuf> = None,
+    }
+}
+
+impl Auth {
+    /// Whether a client that names no user is let in.
+    pub fn allows_anonymous(&self) -> bool {
+        self.anonymous.unwrap_or_else(|| self.users_file.is_none())
+    }
+}
+
+section! {
+    /// `[limits]`: what one client, or all of them together, may ask of the broker.
+    pub struct Limits {
+        /// Open Network Connections; further ones are refused as Server busy. Unlimited by
+        /// default: the number of file descriptors is the bound. Too low turns clients away; too
+        /// high lets them use up the memory, at a few KiB for an idle one.
+        pub connections_max: Option<usize> = None,
+        /// From accepting a connection to its CONNECT, TLS and WebSocket handshakes included. Too
+        /// short loses clients on slow links; too long keeps silent ones.
+        pub connect_timeout: Duration = Duration::from_secs(10),
+        /// The largest packet a client may send, at most 268435455 bytes; version 5 clients are
+        /// told. Too low refuses messages; too high lets every client claim that much memory.
+        pub packet_bytes_max: ByteSize = ByteSize::mebibytes(1),
+        /// The longest Client Identifier, 23 to 65535 bytes. Each session keeps its own.
+        pub client_id_bytes_max: ByteSize = ByteSize::bytes(1024),
+        /// Levels of a Topic Name or Topic Filter. Too low refuses deep topics; too high makes
+        /// matching against `#` and `+` slow for whoever wants to.
+        pub topic_levels_max: usize = 128,
+        /// The longest Topic Name or Topic Filter, at most 65535 bytes. Every subscription keeps
+        /// its filter in memory.
+        pub topic_bytes_max: ByteSize = ByteSize::bytes(4096),
+        /// Subscriptions of one session; further ones are refused with Quota exceeded. Each costs
+        /// a few hundred bytes of memory.
+        pub subscriptions_per_client_max: usize = 100_000,
+        /// PUBLISH packets with QoS 1 and 2 that a client may have unacknowledged; version 5
+        /// clients are told. Too low slows publishers on links with a long round trip; too high
+        /// lets them fill the memory while the store is slow.
+        pub receive_maximum: NonZeroU16 = const { NonZeroU16::new(1024).expect("not zero") },
+        /// Topic Aliases that a client may use, 0 for none. Each holds one topic in memory.
+        pub topic_alias_maximum: u16 = 32,
+        /// The longest Keep Alive, at most 65535 s; who asks for more, or for none, is given this
+        /// one (version 5) or held to it (before). Unlimited by default. Low values notice dead
+        /// connections early, at the price of more PINGREQ.
+        pub keep_alive_max: Option<Duration> = None,
+        /// Topics with a retained message, those below `$SYS` included. A retained PUBLISH to a
+        /// further one is refused with Quota exceeded, and before version 5 dropped. Unlimited
+        /// by default; all of them are in memory.
+        pub retained_messages_max: Option<usize> = None,
+    }
+}
+
+section! {
+    /// `[session]`: what is kept for a client while it is away or slow.
+    pub struct Session {
+        /// The longest Session Expiry Interval, and that of sessions without Clean Session before
+        /// version 5. Too short loses messages of clients that are away for longer; `"unlimited"`
+        /// keeps the queues of clients that never come back.
+        pub expiry_max: Option<Duration> = Some(Duration::from_secs(7 * 24 * 60 * 60)),
+        /// The topic below which clients find theirs for responses: a version 5 client that asks
+        /// for Response Information is told this, a slash and its client id. Unset, it is told
+        /// nothing.
+        pub response_prefix: Option<String> = None,
+        /// Messages with QoS 1 and 2 sent to a client and not yet acknowledged; the Receive
+        /// Maximum of the client may lower it. Too low slows delivery on links with a long round
+        /// trip; too high overruns small devices that speak version 3.
+        pub in_flight_max: NonZeroU16 = const { NonZeroU16::new(512).expect("not zero") },
+        /// Messages that wait for one session, in memory and in the store.
+        pub queue_messages_max: usize = 100_000,
+        /// Bytes that wait for one session, some dozens per message on top of topic and payload
+        /// included. Larger than `limits.packet_bytes_max`, or the largest messages never fit.
+        pub queue_bytes_max: ByteSize = ByteSize::mebibytes(64),
+        /// What a full queue does. `"drop_oldest"` keeps what is new, as a client that was away
+        /// for long mostly wants; `"drop_new"` keeps the beginning, as Mosquitto does;
+        /// `"disconnect"` ends the connection of a client that is too slow, and drops new
+        /// messages for one that is away. With `"drop_oldest"` up to a sixteenth more may wait
+        /// on the disk while the client is away.
+        pub queue_full: QueueFull = QueueFull::DropOldest,
+        /// Messages of the queue that are held in memory for a client. Beyond it, a persistent
+        /// session reads them from the store when it is their turn, and QoS 0 and clean sessions
+        /// drop them. Too low makes short bursts slow or lossy; too high costs memory for every
+        /// slow client.
+        pub memory_messages_max: usize = 10_000,
+        /// The same in bytes; one message always fits.
+        pub memory_bytes_max: ByteSize = ByteSize::mebibytes(1),
+    }
+}
+
+choices! {
+    /// What becomes of a message for a session whose queue is full.
+    pub enum QueueFull {
+        DropOldest = "drop_oldest",
+        DropNew = "drop_new",
+        Disconnect = "disconnect",
+    }
+}
+
+section! {
+    /// `[log]`
+    pub struct Log {
+        /// A level (`error`, `warn`, `info`, `debug`, `trace`), or one per part of the program,
+        /// such as `"info,midge::net=debug"`. Two lines per connection are written at `debug`.
+        pub level: String = "info".into(),
+        /// `"auto"` is text on a terminal and JSON elsewhere.
+        pub format: LogFormat = LogFormat::Auto,
+    }
+}
+
+choices! {
+    pub enum LogFormat {
+        Auto = "auto",
+        Text = "text",
+        Json = "json",
+    }
+}
+
+section! {
+    /// `[sys]`: the `$SYS` topics.
+    pub struct Sys {
+        /// How often they are published; `"off"` or 0 for never.
+        pub interval: Interval = Interval::every(Duration::from_secs(10)),
+    }
+}
+
+fn host_name() -> String {
+    let from_file = |path| std::fs::read_to_string(path).ok();
+    std::env::var("HOSTNAME")
+        .ok()
+        .or_else(|| from_file("/proc/sys/kernel/hostname"))
+        .or_else(|| from_file("/etc/hostname"))
+        .map(|name| name.trim().to_owned())
+        .filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "midge".to_owned())
+}

@@ -1,0 +1,249 @@
+//! From the first packet to an accepted client: CONNECT is read, authenticated and agreed on, and the
+//! session is taken.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{sleep_until, timeout};
+
+use super::{CLOSE_TIMEOUT, Connection, ConnectionContext, Greeting, authorize, now};
+use crate::auth::{Answer, Credentials, Identity, Request, Verdict};
+use crate::broker::LastTopic;
+use crate::broker::flush::Receipt;
+use crate::broker::sessions::Opened;
+use crate::broker::sys::ClientEvent;
+use crate::metrics::Tally;
+use crate::mqtt::decode::{connack_version, decode};
+use crate::mqtt::{Packet, ProtocolVersion, ReasonCode};
+use crate::net::listener::Accepted;
+use crate::net::packet_io::{PacketIo, ReadError};
+use crate::session::Session;
+use crate::session::connect::{Refusal, Terms, refuse as refusing_connack};
+
+/// Ends a connection before there is a session.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectError {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("no CONNECT within the connect timeout")]
+    Timeout,
+    #[error("{0}")]
+    Malformed(#[from] ReadError),
+    #[error("the first packet is not CONNECT")]
+    NotConnect,
+    #[error("{reason}")]
+    Refused {
+        reason: String,
+        code: ReasonCode,
+        version: ProtocolVersion,
+    },
+    #[error("{0}")]
+    Unreadable(ReadError, ReasonCode, ProtocolVersion),
+    #[error("another connection with the same client id came")]
+    Superseded,
+}
+
+/// Reads CONNECT, lets the client in and answers.
+pub(super) async fn open(
+    accepted: Accepted,
+    context: &Arc<ConnectionContext>,
+    count: usize,
+) -> Result<Box<Connection>, Box<(ConnectError, PacketIo)>> {
+    let Accepted {
+        transport,
+        peer,
+        listener,
+        certificate_name,
+    } = accepted;
+    let mut io = PacketIo::new(transport, context.limits.packet_bytes_max as usize);
+    let mut tally = Tally::default();
+    let admitted = async {
+        let frame = read_first_frame(&mut io, context.connect_timeout).await?;
+        tally.packets_received += 1;
+        admit(&frame, context, count, peer, certificate_name).await
+    };
+    let (terms, identity) = match admitted.await {
+        Ok(admitted) => admitted,
+        Err(error) => return Err(Box::new((error, io))),
+    };
+    let node = &context.node;
+    let Ok(opened) = node.connect(&terms).await else {
+        return Err(Box::new((ConnectError::Superseded, io)));
+    };
+    let Opened {
+        connected,
+        consumer,
+        exchanges,
+        session_present,
+        receipt,
+    } = opened;
+    tracing::debug!(
+        event = "client_connected",
+        client_id = %terms.client_id,
+        %peer,
+        %listener,
+        user_name = identity.user_name.as_deref(),
+        version = ?terms.version,
+        session_present,
+    );
+    node.publish_event(&terms.client_id, ClientEvent::Connected);
+    let now = now();
+    let durable = connected.mailbox.is_durable();
+    let mut session = Session::new(&terms, connected.mailbox.session, durable, exchanges, now);
+    session.resume();
+    let timer = session
+        .keep_alive_deadline()
+        .map(|deadline| Box::pin(sleep_until(deadline)));
+    Ok(Box::new(Connection {
+        unanswered: Some(Box::new(Greeting {
+            receipt,
+            terms,
+            session_present,
+        })),
+        io,
+        session,
+        identity,
+        connected,
+        consumer,
+        pending: VecDeque::new(),
+        awaited_receipt: Receipt::NOTHING,
+        last_receipt: Receipt::NOTHING,
+        settled: Vec::new(),
+        actions: Vec::new(),
+        walks: VecDeque::new(),
+        last_topic: LastTopic::default(),
+        crowded: None,
+        timer,
+        tally,
+        input_left: true,
+        context: context.clone(),
+    }))
+}
+
+async fn read_first_frame(
+    io: &mut PacketIo,
+    connect_timeout: Duration,
+) -> Result<Vec<u8>, ConnectError> {
+    let read = async {
+        loop {
+            if let Some(frame) = io.next_frame()? {
+                return Ok(frame.to_vec());
+            }
+            io.progress(true).await?;
+        }
+    };
+    timeout(connect_timeout, read)
+        .await
+        .unwrap_or(Err(ConnectError::Timeout))
+}
+
+async fn admit(
+    frame: &[u8],
+    context: &ConnectionContext,
+    count: usize,
+    peer: SocketAddr,
+    certificate_name: Option<Arc<str>>,
+) -> Result<(Terms, Identity), ConnectError> {
+    let connect = match decode(frame, ProtocolVersion::V5) {
+        Ok(Packet::Connect(connect)) => connect,
+        Ok(_) => return Err(ConnectError::NotConnect),
+        Err(error) if frame[0] >> 4 == 1 => {
+            let code = error.reason_code();
+            return match connack_version(frame) {
+                Some(version) => Err(ConnectError::Unreadable(error.into(), code, version)),
+                None => Err(ReadError::from(error).into()),
+            };
+        }
+        Err(_) => return Err(ConnectError::NotConnect),
+    };
+    let version = connect.version;
+    let refused = |reason: String, code| ConnectError::Refused {
+        reason,
+        code,
+        version,
+    };
+    if count > context.connections_max {
+        return Err(refused(
+            "too many connections".to_owned(),
+            ReasonCode::ServerBusy,
+        ));
+    }
+    let mut terms = Terms::agree(&connect, &context.limits, assigned_client_id)
+        .map_err(|refusal: Refusal| refused(refusal.to_string(), refusal.reason_code()))?;
+    let credentials = Credentials {
+        client_id: terms.client_id.clone(),
+        user_name: connect.user_name.map(Into::into),
+        password: connect.password.map(Into::into),
+        peer,
+        certificate_name,
+    };
+    let answer = match context.authenticator.authenticate(credentials) {
+        Answer::Now(answer) => answer,
+        Answer::Later(answer) => answer.await,
+    };
+    let user_name = match answer {
+        Ok(user_name) => user_name,
+        Err(error) => {
+            tracing::warn!(event = "connect_denied", client_id = %terms.client_id, %peer, user_name = connect.user_name, reason = %error);
+            return Err(refused(error.to_string(), error.reason_code()));
+        }
+    };
+    let identity = Identity {
+        client_id: terms.client_id.clone(),
+        user_name,
+    };
+    if let Some(will) = &mut terms.will {
+        will.user_name = identity.user_name.clone();
+        let (topic, qos, retain) = (
+            will.message.topic(),
+            will.message.qos(),
+            will.message.retain(),
+        );
+        let verdict = authorize(
+            &context.node,
+            &identity,
+            Request::Publish { topic, qos, retain },
+        )
+        .await;
+        if let Verdict::Deny { rule } = verdict {
+            tracing::warn!(event = "will_denied", client_id = %terms.client_id, topic, rule = %rule);
+            return Err(refused(
+                format!("the will may not be published to {topic:?}"),
+                ReasonCode::NotAuthorized,
+            ));
+        }
+    }
+    Ok((terms, identity))
+}
+
+/// Answers a CONNECT that was not accepted, as far as its client can understand an answer.
+pub(super) async fn refuse(mut io: PacketIo, error: &ConnectError) {
+    let (code, version) = match error {
+        ConnectError::Refused { code, version, .. }
+        | ConnectError::Unreadable(_, code, version) => (*code, *version),
+        ConnectError::Superseded => (ReasonCode::SessionTakenOver, ProtocolVersion::V5),
+        ConnectError::Io(_)
+        | ConnectError::Timeout
+        | ConnectError::Malformed(_)
+        | ConnectError::NotConnect => return,
+    };
+    let malformed = matches!(error, ConnectError::Unreadable(..))
+        && code != ReasonCode::UnsupportedProtocolVersion;
+    // Version 3 has no return code for a malformed packet: the connection is just closed.
+    if malformed && !version.is_v5() || matches!(error, ConnectError::Superseded) {
+        return;
+    }
+    io.write(&Packet::ConnAck(Box::new(refusing_connack(code))), version);
+    // The client may be gone; there is nobody else to tell.
+    let _ = timeout(CLOSE_TIMEOUT, io.close()).await;
+}
+
+fn assigned_client_id() -> Arc<str> {
+    let mut random = [0; 12];
+    aws_lc_rs::rand::fill(&mut random).expect("the system has random numbers");
+    let hexadecimal: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("midge-{hexadecimal}").into()
+}

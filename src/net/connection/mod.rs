@@ -1,0 +1,894 @@
+//! One client's connection: where a session meets a socket and the node.
+//!
+//! One task owns the socket, the session and the taking end of the mailbox; nobody else locks them.
+//! The task says in [`CloseReason`] why it ended, and [`Connection::end`] alone decides what follows
+//! from it. What comes before there is a session is in [`admission`].
+
+mod admission;
+
+use std::collections::VecDeque;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::time::{Instant, Sleep, timeout};
+
+use super::listener::Accepted;
+use super::packet_io::{PacketIo, ReadError};
+use crate::auth::{Answer, Authenticator, Identity, Request, Verdict};
+use crate::broker::consumer::Consumer;
+use crate::broker::flush::{Flusher, Receipt, unix_ms};
+use crate::broker::mailbox::{Mailbox, Order};
+use crate::broker::retained::RetainedWalk;
+use crate::broker::sessions::{Connected, WillFate};
+use crate::broker::sys::ClientEvent;
+use crate::broker::{LastTopic, Node, Publisher};
+use crate::metrics::Tally;
+use crate::mqtt::packet::{Acknowledgement, Disconnect, SubscribeAcknowledgement};
+use crate::mqtt::property::Properties;
+use crate::mqtt::topic::SubscribeOptions;
+use crate::mqtt::{Message, Packet, PacketId, QoS, ReasonCode};
+use crate::session::connect::{ConnectLimits, Terms, refuse};
+use crate::session::{
+    Action, Delivery, Now, Origin, Outgoing, ProtocolError, Reply, ReplyKind, Session,
+    SubscribeRequest, UnsubscribeRequest, publish_reply,
+};
+use crate::store::{Change, MessageId, StoreError};
+
+/// What all connections of a node share.
+#[derive(Debug)]
+pub(crate) struct ConnectionContext {
+    pub(crate) node: Arc<Node>,
+    pub(crate) authenticator: Arc<dyn Authenticator>,
+    pub(crate) limits: ConnectLimits,
+    pub(crate) connect_timeout: Duration,
+    pub(crate) connections_max: usize,
+    pub(crate) connections: AtomicUsize,
+}
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CloseReason {
+    #[error("the client disconnected")]
+    ClientDisconnected {
+        with_will: bool,
+        expiry_interval: Option<u32>,
+    },
+    #[error("the client closed the connection")]
+    ClientClosed,
+    #[error("{0}")]
+    Io(io::Error),
+    #[error("malformed packet: {0}")]
+    Malformed(ReadError),
+    #[error("protocol error: {0}")]
+    Protocol(#[from] ProtocolError),
+    #[error("nothing was heard of the client for one and a half times its keep alive")]
+    KeepAliveTimeout,
+    #[error("another connection has the same client id")]
+    TakenOver,
+    #[error("the client's queue is full")]
+    QueueFull,
+    #[error("the broker is shutting down")]
+    Shutdown,
+    #[error("{0}")]
+    Store(#[from] StoreError),
+}
+
+/// Output that is not read by its client for this long is given up when the connection ends.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Output from which on a client that does not read is not read from either.
+const OUTPUT_MAX: usize = 1024 * 1024;
+
+/// How long a publisher waits for a client that is behind but takes messages.
+const CROWDED_WAIT: Duration = Duration::from_millis(20);
+
+/// Retained messages looked up at a time.
+const RETAINED_STEP: usize = 256;
+
+/// Runs one connection from its first packet to its last.
+pub(crate) async fn serve(accepted: Accepted, context: Arc<ConnectionContext>) {
+    let count = context.connections.fetch_add(1, Ordering::Relaxed) + 1;
+    let totals = &context.node.totals;
+    totals.connections.fetch_add(1, Ordering::Relaxed);
+    totals
+        .connected_maximum
+        .fetch_max(count as u64, Ordering::Relaxed);
+    let peer = accepted.peer;
+    let listener = accepted.listener.clone();
+    match Box::pin(admission::open(accepted, &context, count)).await {
+        Ok(mut connection) => {
+            let reason = connection.run().await;
+            // Boxed: an idle connection need not hold room for its end.
+            Box::pin(connection.end(&reason)).await;
+        }
+        Err(refused) => {
+            let (error, io) = *refused;
+            tracing::debug!(event = "connect_refused", %peer, %listener, reason = %error);
+            Box::pin(admission::refuse(io, &error)).await;
+        }
+    }
+    context.connections.fetch_sub(1, Ordering::Relaxed);
+}
+
+/// A CONNACK that has to wait until the session is durable.
+struct Greeting {
+    receipt: Receipt,
+    terms: Terms,
+    session_present: bool,
+}
+
+/// An accepted client.
+struct Connection {
+    /// Until CONNACK is sent.
+    unanswered: Option<Box<Greeting>>,
+    io: PacketIo,
+    session: Session,
+    identity: Identity,
+    connected: Connected,
+    consumer: Consumer,
+    /// What is sent once it is durable, oldest first.
+    pending: VecDeque<(Receipt, Pending)>,
+    /// What this task already waits for the flusher to make durable.
+    awaited_receipt: Receipt,
+    /// Of everything that has been persisted or published for this client.
+    last_receipt: Receipt,
+    /// Messages of the inbox that the client has taken over.
+    settled: Vec<MessageId>,
+    actions: Vec<Action>,
+    walks: VecDeque<Walk>,
+    last_topic: LastTopic,
+    /// A client that this one publishes to and that is behind, and until when to wait for it.
+    crowded: Option<(Arc<Mailbox>, Instant)>,
+    timer: Option<Pin<Box<Sleep>>>,
+    tally: Tally,
+    /// Whether packets may have been read and not yet been handled.
+    input_left: bool,
+    context: Arc<ConnectionContext>,
+}
+
+enum Pending {
+    Reply(Reply),
+    SubAck {
+        packet_id: PacketId,
+        reasons: Vec<ReasonCode>,
+        walks: Vec<Walk>,
+    },
+    UnsubAck {
+        packet_id: PacketId,
+        reasons: Vec<ReasonCode>,
+    },
+    Publish(Box<Outgoing>),
+}
+
+/// Retained messages that are being sent because of a subscription.
+struct Walk {
+    walk: RetainedWalk,
+    options: SubscribeOptions,
+    identifiers: Option<Arc<[u32]>>,
+}
+
+impl Connection {
+    /// Runs until either side ends the connection; returns why.
+    async fn run(&mut self) -> CloseReason {
+        match self.exchange().await {
+            Ok(never) => match never {},
+            Err(reason) => reason,
+        }
+    }
+
+    async fn exchange(&mut self) -> Result<std::convert::Infallible, CloseReason> {
+        self.answer_connect().await?;
+        self.session.take_actions(&mut self.actions);
+        self.perform_actions().await?;
+        loop {
+            if let Some(order) = self.connected.mailbox.order() {
+                return Err(order.into());
+            }
+            if self.input_left && self.may_read() {
+                self.receive_packets().await?;
+            }
+            self.send_durable();
+            self.walk_retained();
+            self.deliver_messages().await;
+            self.io.write_some().await.map_err(CloseReason::Io)?;
+            self.context.node.totals.add(&mut self.tally);
+
+            let may_read = self.may_read();
+            if (self.input_left && may_read) || self.may_walk() {
+                tokio::task::yield_now().await;
+                continue;
+            }
+            let may_deliver = self.may_deliver();
+            let flusher = &self.context.node.flusher;
+            let pending = self
+                .pending
+                .front()
+                .map_or(Receipt::NOTHING, |(receipt, _)| *receipt);
+            let crowded_until = self.crowded.as_ref().map(|(_, until)| *until);
+            // Each branch only waits, and may be dropped and tried again without loss.
+            tokio::select! {
+                order = ordered(&self.connected.mailbox), if !may_deliver => return Err(order.into()),
+                result = self.io.progress(may_read) => {
+                    result.map_err(CloseReason::from_io)?;
+                    self.input_left = true;
+                }
+                result = std::future::poll_fn(|context| self.consumer.poll_ready(context)), if may_deliver => {
+                    result?;
+                }
+                result = durable(flusher, pending, &mut self.awaited_receipt), if pending != Receipt::NOTHING => {
+                    result?;
+                }
+                () = until(&mut self.timer) => self.check_keep_alive()?,
+                () = std::future::poll_fn(|context| flusher.poll_room(context)), if !flusher.has_room() => {}
+                () = space(&self.crowded, crowded_until), if crowded_until.is_some() => {
+                    self.crowded = None;
+                }
+            }
+        }
+    }
+
+    async fn answer_connect(&mut self) -> Result<(), CloseReason> {
+        let Some(greeting) = &self.unanswered else {
+            return Ok(());
+        };
+        let flusher = &self.context.node.flusher;
+        flusher.durable(greeting.receipt).await?;
+        if let Some(greeting) = self.unanswered.take() {
+            let answer = greeting.terms.accept(greeting.session_present);
+            self.send(&Packet::ConnAck(Box::new(answer)));
+        }
+        Ok(())
+    }
+
+    /// Whether packets may be taken from the client now: it has to wait for what it published
+    /// before, for the flush, or for a subscriber that is behind.
+    fn may_read(&self) -> bool {
+        self.io.output_bytes() < OUTPUT_MAX
+            && self.pending.len() < usize::from(self.session.receive_maximum())
+            && self.crowded.is_none()
+            && self.context.node.flusher.has_room()
+    }
+
+    fn may_deliver(&self) -> bool {
+        self.io.has_room()
+            && match self.consumer.peek() {
+                Some(delivery) => self.session.can_deliver(delivery),
+                None => self.session.has_send_quota(),
+            }
+    }
+
+    fn may_walk(&self) -> bool {
+        !self.walks.is_empty()
+            && self.io.has_room()
+            && self.consumer.is_nearly_empty()
+            && self.connected.mailbox.has_ample_room()
+            && self.context.node.flusher.has_room()
+    }
+
+    fn check_keep_alive(&mut self) -> Result<(), CloseReason> {
+        let Some(deadline) = self.session.keep_alive_deadline() else {
+            return Ok(());
+        };
+        // A client that we do not read from cannot be heard of; one that does not read has itself
+        // to blame.
+        let listening = self.may_read() || self.io.output_bytes() >= OUTPUT_MAX;
+        if listening && Instant::now() >= deadline {
+            return Err(CloseReason::KeepAliveTimeout);
+        }
+        if !listening {
+            self.session.heard_of(Instant::now());
+        }
+        if let (Some(timer), Some(deadline)) = (&mut self.timer, self.session.keep_alive_deadline())
+        {
+            timer.as_mut().reset(deadline);
+        }
+        Ok(())
+    }
+
+    /// Handles the packets that have been read.
+    async fn receive_packets(&mut self) -> Result<(), CloseReason> {
+        let now = now();
+        let version = self.session.version();
+        loop {
+            if !self.may_read() {
+                break;
+            }
+            let Some(packet) = self
+                .io
+                .next_packet(version)
+                .map_err(CloseReason::Malformed)?
+            else {
+                self.input_left = false;
+                break;
+            };
+            self.tally.packets_received += 1;
+            self.tally.publishes_received += u64::from(matches!(packet, Packet::Publish(_)));
+            self.session.receive(packet, now)?;
+            self.session.take_actions(&mut self.actions);
+            self.perform_actions().await?;
+        }
+        self.tally.bytes_received += self.io.take_bytes_read();
+        self.settle();
+        Ok(())
+    }
+
+    async fn perform_actions(&mut self) -> Result<(), CloseReason> {
+        let mut actions = std::mem::take(&mut self.actions);
+        for action in actions.drain(..) {
+            match action {
+                Action::Publish { message, packet_id } => self.publish(message, packet_id).await,
+                // Rare and large: boxed, so that an idle connection does not hold room for it.
+                Action::Subscribe(request) => Box::pin(self.subscribe(request)).await,
+                Action::Disconnect {
+                    with_will,
+                    expiry_interval,
+                } => {
+                    return Err(CloseReason::ClientDisconnected {
+                        with_will,
+                        expiry_interval,
+                    });
+                }
+                action => self.perform(action),
+            }
+        }
+        self.actions = actions;
+        Ok(())
+    }
+
+    /// Performs an action that takes no time.
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Persist(change) => self.persist(change),
+            Action::Reply(reply) => self.reply(self.last_receipt, reply),
+            Action::Unsubscribe(request) => self.unsubscribe(request),
+            Action::Settle(origin) => self.settle_later(origin),
+            Action::EndExchange { origin, packet_id } => self.end_exchange(origin, packet_id),
+            Action::PingResponse => self.send(&Packet::PingResp),
+            Action::Publish { .. } | Action::Subscribe(_) | Action::Disconnect { .. } => {
+                unreachable!("only packets of the client lead to these")
+            }
+        }
+    }
+
+    async fn publish(&mut self, message: Message, packet_id: Option<PacketId>) {
+        let qos = message.qos();
+        let request = Request::Publish {
+            topic: message.topic(),
+            qos,
+            retain: message.retain(),
+        };
+        let verdict = match self
+            .context
+            .node
+            .authorizer
+            .authorize(&self.identity, request)
+        {
+            Answer::Now(verdict) => verdict,
+            Answer::Later(verdict) => verdict.await,
+        };
+        let refused = match verdict {
+            Verdict::Deny { rule } => {
+                let client_id = &self.identity.client_id;
+                tracing::warn!(event = "publish_denied", %client_id, topic = message.topic(), rule = %rule);
+                Some(ReasonCode::NotAuthorized)
+            }
+            Verdict::Allow if message.retain() && !self.context.node.may_retain(&message) => {
+                Some(ReasonCode::QuotaExceeded)
+            }
+            Verdict::Allow => None,
+        };
+        if let Some(reason) = refused {
+            if let Some(packet_id) = packet_id {
+                self.session.refuse_publish(packet_id);
+                self.reply(self.last_receipt, publish_reply(qos, packet_id, reason));
+            }
+            return;
+        }
+        let mailbox = &self.connected.mailbox;
+        let with = packet_id.filter(|_| qos == QoS::ExactlyOnce && mailbox.is_durable());
+        let with = with.map(|packet_id| Change::AwaitRelease {
+            session: mailbox.session,
+            packet_id,
+        });
+        let publisher = Publisher {
+            client_id: &self.identity.client_id,
+            mailbox: Some(mailbox),
+        };
+        let published = self
+            .context
+            .node
+            .publish(&message, publisher, &mut self.last_topic, with);
+        self.last_receipt = self.last_receipt.max(published.receipt);
+        if let Some(crowded) = published.crowded
+            && !Arc::ptr_eq(&crowded, mailbox)
+        {
+            self.crowded = Some((crowded, Instant::now() + CROWDED_WAIT));
+        }
+        if let Some(packet_id) = packet_id {
+            let reason = if published.matched {
+                ReasonCode::Success
+            } else {
+                ReasonCode::NoMatchingSubscribers
+            };
+            self.reply(self.last_receipt, publish_reply(qos, packet_id, reason));
+        }
+    }
+
+    fn persist(&mut self, change: Change) {
+        self.last_receipt = self.context.node.flusher.persist(change);
+    }
+
+    fn settle_later(&mut self, origin: Origin) {
+        match origin {
+            Origin::Memory => {}
+            Origin::Inbox(id) => self.settled.push(id),
+            Origin::Group(group, id) => {
+                if let Some(group) = self.context.node.group_of_inbox(group) {
+                    let mut additions = self.context.node.flusher.add();
+                    group.settle(id, &self.identity.client_id, &mut additions);
+                }
+            }
+        }
+    }
+
+    /// In one step, so that no crash leaves a message whose exchange is forgotten: it would be
+    /// delivered a second time.
+    fn end_exchange(&mut self, origin: Origin, packet_id: PacketId) {
+        let node = &self.context.node;
+        let mailbox = &self.connected.mailbox;
+        let group = match origin {
+            Origin::Group(group, _) => node.group_of_inbox(group),
+            Origin::Memory | Origin::Inbox(_) => None,
+        };
+        let mut additions = node.flusher.add();
+        match (origin, group) {
+            (Origin::Inbox(id), _) => additions.settle(mailbox, &[id]),
+            (Origin::Group(_, id), Some(group)) => {
+                group.settle(id, &self.identity.client_id, &mut additions);
+            }
+            _ => {}
+        }
+        additions.persist(Change::EndExchange {
+            session: mailbox.session,
+            packet_id,
+        });
+    }
+
+    fn settle(&mut self) {
+        if !self.settled.is_empty() {
+            self.context
+                .node
+                .flusher
+                .add()
+                .settle(&self.connected.mailbox, &self.settled);
+            self.settled.clear();
+        }
+    }
+
+    /// Sends a reply once `receipt` is durable, and after all replies before it.
+    fn reply(&mut self, receipt: Receipt, reply: Reply) {
+        if self.pending.is_empty() && self.context.node.flusher.is_durable(receipt) {
+            self.send_reply(reply);
+        } else {
+            self.pending.push_back((receipt, Pending::Reply(reply)));
+        }
+    }
+
+    fn send_reply(&mut self, reply: Reply) {
+        self.session.replied(reply);
+        let ack = Acknowledgement::with_reason(reply.packet_id, reply.reason);
+        let packet = match reply.kind {
+            ReplyKind::PubAck => Packet::PubAck(ack),
+            ReplyKind::PubRec => Packet::PubRec(ack),
+            ReplyKind::PubRel => Packet::PubRel(ack),
+            ReplyKind::PubComp => Packet::PubComp(ack),
+        };
+        self.send(&packet);
+    }
+
+    fn send(&mut self, packet: &Packet<'_>) {
+        self.tally.packets_sent += 1;
+        self.tally.bytes_sent += self.io.write(packet, self.session.version()) as u64;
+    }
+
+    fn send_publish(&mut self, outgoing: &Outgoing) {
+        self.tally.packets_sent += 1;
+        self.tally.publishes_sent += 1;
+        self.tally.bytes_sent += self.io.write_publish(outgoing, self.session.version()) as u64;
+    }
+
+    /// Sends what has become durable.
+    fn send_durable(&mut self) {
+        while let Some((receipt, _)) = self.pending.front()
+            && self.context.node.flusher.is_durable(*receipt)
+        {
+            let Some((_, pending)) = self.pending.pop_front() else {
+                return;
+            };
+            match pending {
+                Pending::Reply(reply) => self.send_reply(reply),
+                Pending::SubAck {
+                    packet_id,
+                    reasons,
+                    walks,
+                } => {
+                    let properties = Properties::default();
+                    self.send(&Packet::SubAck(SubscribeAcknowledgement {
+                        packet_id,
+                        reasons,
+                        properties,
+                    }));
+                    self.walks.extend(walks);
+                }
+                Pending::UnsubAck { packet_id, reasons } => {
+                    let properties = Properties::default();
+                    self.send(&Packet::UnsubAck(SubscribeAcknowledgement {
+                        packet_id,
+                        reasons,
+                        properties,
+                    }));
+                }
+                Pending::Publish(outgoing) => self.send_publish(&outgoing),
+            }
+        }
+    }
+
+    /// Delivers messages as long as the socket and the client take them.
+    async fn deliver_messages(&mut self) {
+        let now = now();
+        let restricted = self.context.node.authorizer.restricts_receive();
+        while self.io.has_room()
+            && let Some(delivery) = self.consumer.peek()
+            && self.session.can_deliver(delivery)
+        {
+            let Some(delivery) = self.consumer.next() else {
+                break;
+            };
+            if delivery
+                .origin
+                .place_in(self.connected.mailbox.session)
+                .is_some()
+                && self.connected.mailbox.is_over_limit()
+                && !self.session.is_unfinished(delivery.origin)
+            {
+                self.settle_later(delivery.origin);
+                self.settle();
+                continue;
+            }
+            if restricted && !self.session.is_unfinished(delivery.origin) {
+                let request = Request::Receive {
+                    topic: delivery.message.topic(),
+                };
+                if let Verdict::Deny { .. } =
+                    authorize(&self.context.node, &self.identity, request).await
+                {
+                    self.settle_later(delivery.origin);
+                    continue;
+                }
+            }
+            let outgoing = self.session.deliver(delivery, now);
+            self.session.take_actions(&mut self.actions);
+            let mut actions = std::mem::take(&mut self.actions);
+            actions.drain(..).for_each(|action| self.perform(action));
+            self.actions = actions;
+            match outgoing {
+                Some(outgoing) if outgoing.after_durable => {
+                    self.pending
+                        .push_back((self.last_receipt, Pending::Publish(Box::new(outgoing))));
+                }
+                Some(outgoing) => self.send_publish(&outgoing),
+                None => {}
+            }
+        }
+        self.settle();
+    }
+
+    async fn subscribe(&mut self, request: SubscribeRequest) {
+        let mut reasons = Vec::with_capacity(request.filters.len());
+        let mut walks = Vec::new();
+        for (filter, options) in request.filters {
+            let limits = &self.context.node.limits;
+            let subscriptions = &self.connected.subscriptions;
+            let filter = match filter {
+                Ok(filter)
+                    if filter.filter.levels().count() <= limits.topic_levels_max
+                        && filter.filter.as_str().len() <= limits.topic_bytes_max =>
+                {
+                    filter
+                }
+                Ok(_) | Err(_) => {
+                    reasons.push(ReasonCode::TopicFilterInvalid);
+                    continue;
+                }
+            };
+            if subscriptions.len() >= limits.subscriptions_per_client_max
+                && !subscriptions.contains_key(&filter)
+            {
+                reasons.push(ReasonCode::QuotaExceeded);
+                continue;
+            }
+            let asked = Request::Subscribe {
+                filter: filter.filter.as_str(),
+            };
+            if let Verdict::Deny { rule } =
+                authorize(&self.context.node, &self.identity, asked).await
+            {
+                let client_id = &self.identity.client_id;
+                tracing::warn!(event = "subscribe_denied", %client_id, topic = %filter, rule = %rule);
+                reasons.push(ReasonCode::NotAuthorized);
+                continue;
+            }
+            let node = &self.context.node;
+            let subscribed =
+                node.subscribe(&mut self.connected, &filter, options, request.identifier);
+            self.last_receipt = self.last_receipt.max(subscribed.receipt);
+            walks.extend(subscribed.retained.map(|walk| Walk {
+                walk,
+                options,
+                identifiers: request.identifier.map(|identifier| Arc::from([identifier])),
+            }));
+            reasons.push(match options.maximum_qos {
+                QoS::AtMostOnce => ReasonCode::Success,
+                QoS::AtLeastOnce => ReasonCode::GrantedQoS1,
+                QoS::ExactlyOnce => ReasonCode::GrantedQoS2,
+            });
+            node.publish_event(
+                &self.identity.client_id,
+                ClientEvent::Subscribed(&filter.to_string()),
+            );
+        }
+        let pending = Pending::SubAck {
+            packet_id: request.packet_id,
+            reasons,
+            walks,
+        };
+        self.pending.push_back((self.last_receipt, pending));
+    }
+
+    fn unsubscribe(&mut self, request: UnsubscribeRequest) {
+        let mut reasons = Vec::with_capacity(request.filters.len());
+        for filter in request.filters {
+            let Ok(filter) = filter else {
+                reasons.push(ReasonCode::TopicFilterInvalid);
+                continue;
+            };
+            let node = &self.context.node;
+            reasons.push(match node.unsubscribe(&mut self.connected, &filter) {
+                Some(receipt) => {
+                    self.last_receipt = self.last_receipt.max(receipt);
+                    node.publish_event(
+                        &self.identity.client_id,
+                        ClientEvent::Unsubscribed(&filter.to_string()),
+                    );
+                    ReasonCode::Success
+                }
+                None => ReasonCode::NoSubscriptionExisted,
+            });
+        }
+        let pending = Pending::UnsubAck {
+            packet_id: request.packet_id,
+            reasons,
+        };
+        self.pending.push_back((self.last_receipt, pending));
+    }
+
+    /// Takes some of the retained messages that new subscriptions ask for.
+    fn walk_retained(&mut self) {
+        if !self.may_walk() {
+            return;
+        }
+        let Some(walk) = self.walks.front_mut() else {
+            return;
+        };
+        let node = &self.context.node;
+        let mailbox = &self.connected.mailbox;
+        let mut found = Vec::new();
+        // Opened before the look-up: a newer message cannot come between the two.
+        let mut additions = mailbox.is_durable().then(|| node.flusher.add());
+        let step = mailbox.retained_step(RETAINED_STEP);
+        let more = walk.walk.step(&node.retained, &mut found, step);
+        for retained in found {
+            // [MQTT-3.8.3-3]
+            if walk.options.no_local && retained.publisher == self.identity.client_id {
+                continue;
+            }
+            let qos = retained.message.qos().min(walk.options.maximum_qos);
+            let delivery = Delivery {
+                message: retained.message,
+                qos,
+                retain: true,
+                subscription_identifiers: walk.identifiers.clone(),
+                origin: Origin::Memory,
+            };
+            match &mut additions {
+                Some(additions) if qos > QoS::AtMostOnce => {
+                    additions.enqueue(mailbox, delivery);
+                }
+                _ => self.consumer.add(delivery),
+            }
+        }
+        if !more {
+            self.walks.pop_front();
+        }
+    }
+
+    /// Ends the connection as its reason demands.
+    async fn end(mut self: Box<Self>, reason: &CloseReason) {
+        let version = self.session.version();
+        let will = match reason {
+            CloseReason::ClientDisconnected {
+                with_will,
+                expiry_interval,
+            } => {
+                if let Some(interval) = expiry_interval {
+                    self.connected.record.expiry_interval =
+                        (*interval).min(self.context.node.limits.session_expiry_max);
+                }
+                if *with_will {
+                    WillFate::Publish
+                } else {
+                    WillFate::Discard
+                }
+            }
+            CloseReason::Shutdown => WillFate::Keep,
+            _ => WillFate::Publish,
+        };
+        if let (Some(_), Some(code)) = (self.unanswered.take(), reason.reason_code()) {
+            self.send(&Packet::ConnAck(Box::new(refuse(code))));
+        } else if let (Some(code), true) = (reason.reason_code(), version.is_v5()) {
+            self.send(&Packet::Disconnect(Disconnect {
+                reason: code,
+                properties: Properties::default(),
+            }));
+        }
+        self.settle();
+        let Self {
+            io,
+            session,
+            connected,
+            consumer,
+            context,
+            mut tally,
+            identity,
+            ..
+        } = *self;
+        let node = &context.node;
+        node.totals.add(&mut tally);
+        node.disconnect(connected, consumer, session.into_exchanges(), will)
+            .await;
+        tracing::debug!(event = "client_disconnected", client_id = %identity.client_id, reason = %reason);
+        node.publish_event(&identity.client_id, ClientEvent::Disconnected);
+        // The client may be gone; there is nobody else to tell.
+        let _ = timeout(CLOSE_TIMEOUT, io.close()).await;
+    }
+}
+
+impl CloseReason {
+    fn from_io(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => Self::ClientClosed,
+            _ => Self::Io(error),
+        }
+    }
+
+    /// What a version 5 client is told, section 3.14.2.1; nothing if it is gone.
+    fn reason_code(&self) -> Option<ReasonCode> {
+        match self {
+            Self::ClientDisconnected { .. } | Self::ClientClosed | Self::Io(_) => None,
+            Self::Malformed(ReadError::Malformed(error)) => Some(error.reason_code()),
+            Self::Malformed(ReadError::TooLarge { .. }) => Some(ReasonCode::PacketTooLarge),
+            Self::Protocol(error) => Some(error.reason_code()),
+            Self::KeepAliveTimeout => Some(ReasonCode::KeepAliveTimeout),
+            Self::TakenOver => Some(ReasonCode::SessionTakenOver),
+            Self::QueueFull => Some(ReasonCode::QuotaExceeded),
+            Self::Shutdown => Some(ReasonCode::ServerShuttingDown),
+            Self::Store(_) => Some(ReasonCode::ServerUnavailable),
+        }
+    }
+}
+
+impl From<Order> for CloseReason {
+    fn from(order: Order) -> Self {
+        match order {
+            Order::TakenOver => Self::TakenOver,
+            Order::QueueFull => Self::QueueFull,
+            Order::Shutdown => Self::Shutdown,
+        }
+    }
+}
+
+async fn authorize(node: &Node, identity: &Identity, request: Request<'_>) -> Verdict {
+    match node.authorizer.authorize(identity, request) {
+        Answer::Now(verdict) => verdict,
+        Answer::Later(verdict) => verdict.await,
+    }
+}
+
+/// Ready when the connection is told to end.
+async fn ordered(mailbox: &Mailbox) -> Order {
+    std::future::poll_fn(|context| match mailbox.order() {
+        Some(order) => Poll::Ready(order),
+        None if mailbox.wait(context.waker(), false) => Poll::Pending,
+        None => {
+            context.waker().wake_by_ref();
+            Poll::Pending
+        }
+    })
+    .await
+}
+
+/// Ready once `receipt` is durable. The flusher is asked once for each receipt, however often this
+/// is polled: it wakes the task, not the future.
+async fn durable(
+    flusher: &Flusher,
+    receipt: Receipt,
+    awaited: &mut Receipt,
+) -> Result<(), StoreError> {
+    std::future::poll_fn(|context| {
+        if flusher.is_durable(receipt) {
+            Poll::Ready(Ok(()))
+        } else if *awaited == receipt && !flusher.has_failed() {
+            Poll::Pending
+        } else {
+            *awaited = receipt;
+            flusher.poll_durable(receipt, context)
+        }
+    })
+    .await
+}
+
+async fn until(timer: &mut Option<Pin<Box<Sleep>>>) {
+    match timer {
+        Some(timer) => timer.as_mut().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ready when a mailbox has space again, or has had time enough.
+async fn space(crowded: &Option<(Arc<Mailbox>, Instant)>, until: Option<Instant>) {
+    let (Some((mailbox, _)), Some(until)) = (crowded, until) else {
+        return;
+    };
+    let wait = std::future::poll_fn(|context| {
+        if mailbox.wait_for_space(context.waker()) {
+            Poll::Pending
+        } else {
+            Poll::Ready(())
+        }
+    });
+    // Either way the publisher goes on.
+    let _ = tokio::time::timeout_at(until, wait).await;
+}
+
+fn now() -> Now {
+    Now {
+        instant: Instant::now(),
+        unix_ms: unix_ms(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What an idle connection costs of ours; the rest is tokio's task and socket and the entry in
+    /// the registry. See docs/benchmarks.md for all of it.
+    #[test]
+    fn state_of_an_idle_connection_is_small() {
+        fn future_size<F>(_: impl FnOnce(Accepted, Arc<ConnectionContext>) -> F) -> usize {
+            size_of::<F>()
+        }
+
+        let sizes = [
+            future_size(serve),
+            size_of::<Connection>(),
+            size_of::<Mailbox>(),
+        ];
+
+        assert!(sizes.iter().sum::<usize>() <= 3072, "{sizes:?}");
+    }
+}

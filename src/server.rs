@@ -1,0 +1,420 @@
+//! The composition root: from a configuration to a running broker, and back to nothing.
+//!
+//! The only place that names concrete stores and listeners.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::auth::{Authenticator, Authorizer};
+use crate::broker::mailbox::{MailboxLimits, Order, QueueFull};
+use crate::broker::{Node, NodeLimits};
+use crate::config::{self, Config};
+use crate::net::connection::{ConnectionContext, serve};
+use crate::net::tls::{ClientCa, TlsFiles};
+use crate::net::websocket::handshake::WebSocketRules;
+use crate::net::{ListenError, Listener, ListenerConfig, ListenerKind};
+use crate::session::connect::ConnectLimits;
+use crate::store::{Store, StoreError};
+
+/// A broker inside this process.
+///
+/// It serves until [`Broker::shutdown`]; dropping it without ends nothing.
+#[derive(Debug)]
+pub struct Broker {
+    pub(crate) node: Arc<Node>,
+    store: Arc<dyn Store>,
+    addresses: BTreeMap<String, SocketAddr>,
+    /// Ends the listeners.
+    stop_listening: CancellationToken,
+    /// Listeners and what runs beside them.
+    tasks: TaskTracker,
+    connections: TaskTracker,
+    failed: tokio::sync::watch::Receiver<Option<StoreError>>,
+    /// Ends the writer.
+    everything_written: CancellationToken,
+}
+
+/// Says what a [`Broker`] shall be like.
+#[derive(Debug)]
+pub struct BrokerBuilder {
+    config: Config,
+    authenticator: Option<Arc<dyn Authenticator>>,
+    authorizer: Option<Arc<dyn Authorizer>>,
+}
+
+/// Why a broker cannot start. The text says what is wrong, where, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct StartError(StartErrorKind);
+
+#[derive(Debug, thiserror::Error)]
+enum StartErrorKind {
+    #[error("{0}")]
+    Listen(#[from] ListenError),
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    #[error("{0}")]
+    Auth(#[from] config::ConfigError),
+    #[error("cannot wait for signals: {0}")]
+    Signals(std::io::Error),
+    #[error(
+        "{0}; nothing was acknowledged that was not written, start midge again when that is mended"
+    )]
+    StoreFailed(StoreError),
+}
+
+impl<E: Into<StartErrorKind>> From<E> for StartError {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+/// How long connections may take to say goodbye.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Handshakes of TLS and WebSocket that one listener has going on at a time.
+const HANDSHAKES_MAX: usize = 512;
+
+impl BrokerBuilder {
+    /// Decides who is let in, instead of `[auth]`.
+    #[must_use]
+    pub fn authenticator(mut self, authenticator: Arc<dyn Authenticator>) -> Self {
+        self.authenticator = Some(authenticator);
+        self
+    }
+
+    /// Decides what clients may do, instead of `[auth]`.
+    #[must_use]
+    pub fn authorizer(mut self, authorizer: Arc<dyn Authorizer>) -> Self {
+        self.authorizer = Some(authorizer);
+        self
+    }
+
+    /// Keeps everything in memory, until the broker is shut down.
+    #[must_use]
+    pub fn in_memory(mut self) -> Self {
+        self.config.store.kind = config::StoreKind::Memory;
+        self
+    }
+
+    /// Opens the store, binds the listeners, and serves.
+    ///
+    /// # Errors
+    /// [`StartError`] if any of it is not possible; nothing is left running then.
+    pub async fn start(self) -> Result<Broker, StartError> {
+        let config = self.config;
+        let auth = crate::auth::from_config(&config.auth)?;
+        let authenticator = self.authenticator.unwrap_or(auth.0);
+        let authorizer = self.authorizer.unwrap_or(auth.1);
+        let mut listeners = Vec::new();
+        for (name, listener) in &config.listeners {
+            listeners.push(Listener::bind(listener_config(name, listener, &config.limits)).await?);
+        }
+        let store = open_store(&config.store)?;
+        let stored = store.load().await?;
+        let node = Arc::new(Node::new(
+            config.node.name.as_str().into(),
+            node_limits(&config),
+            authorizer,
+            store.clone(),
+            stored.last_hlc,
+        ));
+        node.restore(stored);
+        let context = Arc::new(ConnectionContext {
+            node: node.clone(),
+            authenticator,
+            limits: connect_limits(&config),
+            connect_timeout: config.limits.connect_timeout,
+            connections_max: config.limits.connections_max.unwrap_or(usize::MAX),
+            connections: AtomicUsize::new(0),
+        });
+        let tasks = TaskTracker::new();
+        let (fail, failed) = tokio::sync::watch::channel(None);
+        let writer = node.clone();
+        let everything_written = CancellationToken::new();
+        let written = everything_written.clone();
+        // Not among `tasks`: it has to write what the others leave behind as they end.
+        tokio::spawn(async move {
+            let error = tokio::select! {
+                error = writer.flusher.run() => error,
+                () = written.cancelled() => return,
+            };
+            tracing::error!(event = "store_failed", %error, "nothing is acknowledged any more");
+            fail.send_replace(Some(error));
+        });
+        let trimming = node.clone();
+        tasks.spawn(async move { trimming.run_trimming().await });
+        let deadlines = node.clone();
+        tasks.spawn(async move { deadlines.run_deadlines().await });
+        if let Some(interval) = config.sys.interval.get() {
+            let sys = node.clone();
+            tasks.spawn(async move { sys.run_sys(interval).await });
+        }
+        let stop_listening = CancellationToken::new();
+        let connections = TaskTracker::new();
+        let mut addresses = BTreeMap::new();
+        for (listener, name) in listeners.into_iter().zip(config.listeners.keys()) {
+            let address = listener.local_addr();
+            let kind = config.listeners[name].kind();
+            tracing::info!(event = "listener_started", listener = %name, %address, kind = %kind);
+            addresses.insert(name.clone(), address);
+            let (context, connections) = (context.clone(), connections.clone());
+            tasks.spawn(listener.run(stop_listening.clone(), move |accepted| {
+                connections.spawn(serve(accepted, context.clone()));
+            }));
+        }
+        tracing::info!(event = "ready", node = %node.name, version = env!("CARGO_PKG_VERSION"));
+        Ok(Broker {
+            node,
+            store,
+            addresses,
+            stop_listening,
+            tasks,
+            connections,
+            failed,
+            everything_written,
+        })
+    }
+}
+
+impl Broker {
+    /// Begins with the defaults: the embedded store in `./midge-data`, one listener on
+    /// 127.0.0.1:1883.
+    pub fn builder() -> BrokerBuilder {
+        Self::with_config(Config::default())
+    }
+
+    pub fn with_config(config: Config) -> BrokerBuilder {
+        BrokerBuilder {
+            config,
+            authenticator: None,
+            authorizer: None,
+        }
+    }
+
+    /// Where a listener accepts connections; useful with port 0.
+    pub fn local_addr(&self, listener: &str) -> Option<SocketAddr> {
+        self.addresses.get(listener).copied()
+    }
+
+    /// Tells the clients, writes everything that is not yet written, and closes the store.
+    pub async fn shutdown(self) {
+        tracing::info!(event = "shutting_down", node = %self.node.name);
+        self.stop_listening.cancel();
+        self.node.clients.close(Order::Shutdown);
+        self.connections.close();
+        if tokio::time::timeout(GOODBYE_TIMEOUT, self.connections.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                event = "connections_abandoned",
+                "some clients did not let go in time"
+            );
+        }
+        self.node.stop().await;
+        self.tasks.close();
+        self.tasks.wait().await;
+        let flusher = &self.node.flusher;
+        // If the store has failed, that has been said already.
+        let _ = flusher.durable(flusher.everything()).await;
+        self.everything_written.cancel();
+        self.store.close().await;
+        tracing::info!(event = "stopped", node = %self.node.name);
+    }
+
+    /// Resolves if the store fails; the broker can then only be shut down.
+    async fn failure(&self) -> StoreError {
+        let mut failed = self.failed.clone();
+        match failed.wait_for(Option::is_some).await {
+            Ok(error) => error
+                .clone()
+                .unwrap_or_else(|| StoreError::Io("unknown".to_owned())),
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+/// Serves until SIGTERM or SIGINT, then ends in good order; a second signal ends at once.
+///
+/// # Errors
+/// [`StartError`] if the broker cannot start, or its store fails while it runs.
+pub async fn run(config: Config) -> Result<(), StartError> {
+    let mut signals = Signals::new().map_err(StartErrorKind::Signals)?;
+    let broker = Broker::with_config(config).start().await?;
+    let failure = tokio::select! {
+        name = signals.next() => {
+            tracing::info!(event = "signal", signal = name);
+            None
+        }
+        error = broker.failure() => Some(error),
+    };
+    tokio::select! {
+        () = broker.shutdown() => {}
+        name = signals.next() => {
+            tracing::warn!(event = "signal", signal = name, "ending at once");
+            std::process::exit(1);
+        }
+    }
+    match failure {
+        Some(error) => Err(StartErrorKind::StoreFailed(error).into()),
+        None => Ok(()),
+    }
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+    hang_up: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// The next signal to end.
+    async fn next(&mut self) -> &'static str {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return "SIGTERM",
+                _ = self.interrupt.recv() => return "SIGINT",
+                // Other brokers read their files again. Ending would be the worst of answers.
+                _ = self.hang_up.recv() => {
+                    tracing::warn!(
+                        event = "signal",
+                        signal = "SIGHUP",
+                        "files are read at the start only: restart midge to read them again",
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn open_store(config: &config::Store) -> Result<Arc<dyn Store>, StoreError> {
+    Ok(match config.kind {
+        config::StoreKind::Embedded => Arc::new(crate::store::embedded::EmbeddedStore::open(
+            &config.path,
+            crate::store::embedded::EmbeddedOptions::default(),
+        )?),
+        config::StoreKind::Memory => Arc::new(crate::store::memory::MemoryStore::default()),
+    })
+}
+
+fn listener_config(
+    name: &str,
+    listener: &config::Listener,
+    limits: &config::Limits,
+) -> ListenerConfig {
+    let tls = listener.tls.as_ref().map(tls_files);
+    let kind = match (&listener.transport, tls) {
+        (config::Transport::Tcp, None) => ListenerKind::Tcp,
+        (config::Transport::Tcp, Some(tls)) => ListenerKind::Tls(tls),
+        (
+            config::Transport::WebSocket {
+                path,
+                allowed_origins,
+            },
+            tls,
+        ) => {
+            let all = allowed_origins.iter().any(|origin| origin == "*");
+            let origins = if all {
+                Vec::new()
+            } else {
+                allowed_origins.clone()
+            };
+            let rules = WebSocketRules {
+                path: Some(path.clone()),
+                origins,
+            };
+            match tls {
+                None => ListenerKind::WebSocket(rules),
+                Some(tls) => ListenerKind::WebSocketTls(tls, rules),
+            }
+        }
+    };
+    ListenerConfig {
+        name: name.into(),
+        bind: listener.bind,
+        kind,
+        handshake_timeout: limits.connect_timeout,
+        handshakes_max: HANDSHAKES_MAX,
+    }
+}
+
+fn tls_files(tls: &config::Tls) -> TlsFiles {
+    let client_ca = match &tls.client_auth {
+        config::ClientAuth::None => None,
+        config::ClientAuth::Optional { ca } => Some((ca, false)),
+        config::ClientAuth::Required { ca } => Some((ca, true)),
+    };
+    TlsFiles {
+        certificate: tls.certificate.clone(),
+        key: tls.key.clone(),
+        client_ca: client_ca.map(|(file, is_certificate_required)| ClientCa {
+            file: file.clone(),
+            is_certificate_required,
+        }),
+    }
+}
+
+fn connect_limits(config: &Config) -> ConnectLimits {
+    let limits = &config.limits;
+    ConnectLimits {
+        client_id_bytes_max: limits.client_id_bytes_max.get(),
+        topic_bytes_max: limits.topic_bytes_max.get(),
+        topic_levels_max: limits.topic_levels_max,
+        packet_bytes_max: u32::try_from(limits.packet_bytes_max.get()).unwrap_or(u32::MAX),
+        receive_maximum: limits.receive_maximum.get(),
+        topic_alias_maximum: limits.topic_alias_maximum,
+        keep_alive_max: limits.keep_alive_max.map_or(u16::MAX, |max| {
+            u16::try_from(max.as_secs()).unwrap_or(u16::MAX)
+        }),
+        session_expiry_max: session_expiry_max(config),
+        response_prefix: config.session.response_prefix.as_deref().map(Into::into),
+        in_flight_max: config.session.in_flight_max.get(),
+    }
+}
+
+fn node_limits(config: &Config) -> NodeLimits {
+    let session = &config.session;
+    NodeLimits {
+        mailbox: MailboxLimits {
+            queue_messages_max: session.queue_messages_max as u64,
+            queue_bytes_max: session.queue_bytes_max.get() as u64,
+            queue_full: match session.queue_full {
+                config::QueueFull::DropOldest => QueueFull::DropOldest,
+                config::QueueFull::DropNew => QueueFull::DropNew,
+                config::QueueFull::Disconnect => QueueFull::Disconnect,
+            },
+            memory_messages_max: session.memory_messages_max,
+            memory_bytes_max: session.memory_bytes_max.get(),
+        },
+        subscriptions_per_client_max: config.limits.subscriptions_per_client_max,
+        retained_messages_max: config
+            .limits
+            .retained_messages_max
+            .map_or(u64::MAX, |max| max as u64),
+        topic_levels_max: config.limits.topic_levels_max,
+        topic_bytes_max: config.limits.topic_bytes_max.get(),
+        session_expiry_max: session_expiry_max(config),
+    }
+}
+
+fn session_expiry_max(config: &Config) -> u32 {
+    config.session.expiry_max.map_or(u32::MAX, |max| {
+        u32::try_from(max.as_secs()).unwrap_or(u32::MAX)
+    })
+}
