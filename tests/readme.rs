@@ -1,0 +1,212 @@
+//! What README.md and docs/ tell people to do has to work, and where they point has to exist.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "the helpers of a test panic like the test"
+)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use midge::Broker;
+use midge::config::{Auth, Config, Sources};
+
+/// A fenced code block, with the language that stands behind the fence.
+struct Block {
+    language: String,
+    text: String,
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// README.md and everything in docs/.
+fn documents() -> Vec<PathBuf> {
+    let docs = fs::read_dir(root().join("docs")).unwrap();
+    let mut documents: Vec<_> = docs.map(|entry| entry.unwrap().path()).collect();
+    documents.retain(|path| path.extension().is_some_and(|extension| extension == "md"));
+    documents.push(root().join("README.md"));
+    documents
+}
+
+/// The text outside of code blocks, and the blocks.
+fn split(markdown: &str) -> (String, Vec<Block>) {
+    let mut prose = String::new();
+    let mut blocks: Vec<Block> = Vec::new();
+    let mut is_open = false;
+    for line in markdown.lines() {
+        match line.strip_prefix("```") {
+            Some(language) if !is_open => blocks.push(Block {
+                language: language.to_owned(),
+                text: String::new(),
+            }),
+            Some(_) => {}
+            None => {
+                let text = match blocks.last_mut() {
+                    Some(block) if is_open => &mut block.text,
+                    _ => &mut prose,
+                };
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+        is_open ^= line.starts_with("```");
+    }
+    (prose, blocks)
+}
+
+/// What stands below a heading, up to the next one of its level.
+#[track_caller]
+fn section<'a>(markdown: &'a str, heading: &str) -> &'a str {
+    let start = markdown
+        .find(&format!("\n{heading}\n"))
+        .unwrap_or_else(|| panic!("there is no {heading:?}"));
+    let below = &markdown[start + 1 + heading.len()..];
+    below.find("\n## ").map_or(below, |end| &below[..end])
+}
+
+/// Runs each block of commands in turn; a block of text is what the one before it prints. The broker
+/// has a free port here instead of 1883, and everything that a person installs is there already.
+#[test]
+fn the_first_60_seconds_go_as_the_readme_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let data = folder.path().join("midge-data");
+    let config = Config::load(&Sources {
+        set: vec![
+            ("listeners.tcp.bind".to_owned(), "127.0.0.1:0".to_owned()),
+            ("store.path".to_owned(), data.to_str().unwrap().to_owned()),
+        ],
+        ..Sources::default()
+    });
+    let start = Broker::with_config(config.unwrap()).start();
+    let broker = runtime.block_on(start).unwrap();
+    let port = broker.local_addr("tcp").unwrap().port();
+    let mqtt_js = root().join("target/test-tools/js/mqtt-5");
+    assert!(mqtt_js.exists(), "run ./test once, it installs MQTT.js");
+    let midge = env!("CARGO_BIN_EXE_midge");
+    let here = [
+        ("mosquitto_pub ", format!("mosquitto_pub -p {port} ")),
+        ("mosquitto_sub ", format!("mosquitto_sub -p {port} ")),
+        (
+            "./target/release/midge pub ",
+            format!("{midge} pub -p {port} "),
+        ),
+        (
+            "./target/release/midge sub ",
+            format!("{midge} sub -p {port} "),
+        ),
+        ("127.0.0.1:1883", format!("127.0.0.1:{port}")),
+        ("npm install mqtt\n", String::new()),
+    ];
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, blocks) = split(section(&readme, "## Try it in 60 seconds"));
+
+    let mut printed = String::new();
+    for block in &blocks {
+        match block.language.as_str() {
+            "sh" => {
+                let mut commands = block.text.clone();
+                for (there, here) in &here {
+                    commands = commands.replace(there, here);
+                }
+                let output = Command::new("bash")
+                    .args(["-euo", "pipefail", "-c", &commands])
+                    .current_dir(folder.path())
+                    .env("NODE_PATH", &mqtt_js)
+                    .output()
+                    .unwrap();
+                let errors = String::from_utf8_lossy(&output.stderr);
+                assert!(output.status.success(), "{}{errors}", block.text);
+                printed = String::from_utf8(output.stdout).unwrap();
+            }
+            "text" => assert_eq!(printed, block.text),
+            other => panic!("a block of {other:?} is nothing to try"),
+        }
+    }
+    assert_eq!(blocks.len(), 8, "each block of commands has its output");
+
+    runtime.block_on(broker.shutdown());
+}
+
+#[test]
+fn every_relative_link_leads_somewhere() {
+    for document in documents() {
+        let (prose, _) = split(&fs::read_to_string(&document).unwrap());
+        for link in links(&prose) {
+            if link.contains("://") {
+                continue;
+            }
+            let (path, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let target = if path.is_empty() {
+                document.clone()
+            } else {
+                document.parent().unwrap().join(path)
+            };
+            assert!(target.exists(), "{link} in {}", document.display());
+            if !anchor.is_empty() {
+                let (text, _) = split(&fs::read_to_string(&target).unwrap());
+                let mut headings = text.lines().filter(|line| line.starts_with('#'));
+                assert!(
+                    headings.any(|heading| anchor_of(heading) == anchor),
+                    "{link} in {}",
+                    document.display()
+                );
+            }
+        }
+    }
+}
+
+/// The targets of `[text](target)`.
+fn links(prose: &str) -> impl Iterator<Item = &str> {
+    let after = prose.split("](").skip(1);
+    after.filter_map(|rest| rest.split_once(')').map(|(target, _)| target))
+}
+
+/// As GitHub makes them.
+fn anchor_of(heading: &str) -> String {
+    let words = heading.trim_start_matches('#').trim().to_lowercase();
+    let kept = words.chars().filter_map(|letter| match letter {
+        ' ' => Some('-'),
+        letter if letter.is_alphanumeric() || "-_".contains(letter) => Some(letter),
+        _ => None,
+    });
+    kept.collect()
+}
+
+/// A block says in its first line which file it is.
+#[test]
+fn every_configuration_and_users_file_shown_is_valid() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut configurations, mut users_files) = (0, 0);
+    for document in documents() {
+        let (_, blocks) = split(&fs::read_to_string(&document).unwrap());
+        for block in blocks.iter().filter(|block| block.language == "toml") {
+            let path = folder.path().join("file.toml");
+            fs::write(&path, &block.text).unwrap();
+            match block.text.lines().next().unwrap() {
+                "# midge.toml" => {
+                    configurations += 1;
+                    let loaded = Config::load(&Sources {
+                        file: Some(path),
+                        ..Sources::default()
+                    });
+                    loaded.unwrap_or_else(|error| panic!("{}: {error}", document.display()));
+                }
+                "# users.toml" => {
+                    users_files += 1;
+                    let auth = Auth {
+                        users_file: Some(path),
+                        ..Auth::default()
+                    };
+                    midge::auth::from_config(&auth)
+                        .unwrap_or_else(|error| panic!("{}: {error}", document.display()));
+                }
+                _ => {}
+            }
+        }
+    }
+    assert!(configurations > 0 && users_files > 0);
+}
