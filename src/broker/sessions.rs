@@ -219,7 +219,8 @@ impl Node {
             mailbox.set_begun(exchanges.outbound.last_in(mailbox.session));
             self.store_partly_settled(&mailbox).await;
         }
-        let now = unix_ms();
+        // The millisecond has begun already: rounded up, so that nothing is due before its time.
+        let now = unix_ms() + 1;
         record.connected = false;
         let lasts = mailbox.is_durable() && record.expiry_interval > 0;
         record.ends_at =
