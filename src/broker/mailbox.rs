@@ -247,9 +247,7 @@ impl Mailbox {
                 // A share group has no connection.
                 QueueFull::Disconnect if self.group.is_some() => return false,
                 QueueFull::Disconnect => {
-                    if state.attached {
-                        self.give_order(&mut state, Order::QueueFull);
-                    }
+                    self.give_order(&mut state, Order::QueueFull);
                     return false;
                 }
                 QueueFull::DropOldest => {
