@@ -31,11 +31,11 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::broker::consumer::Consumer;
+use crate::broker::consumer::{Consumer, Inbox};
 use crate::broker::{LastTopic, Publisher};
 use crate::mqtt::message::MessageParts;
 use crate::mqtt::topic::{InvalidTopic, SubscribeOptions, TopicFilter, validate_topic_name};
-use crate::mqtt::{Message, QoS};
+use crate::mqtt::{Message, QoS, SubscriptionFilter};
 use crate::server::Broker;
 use crate::session::{Delivery, Origin};
 
@@ -120,14 +120,19 @@ impl Broker {
         let filter = TopicFilter::new(filter)?;
         let node = self.node.clone();
         let mailbox = node.new_mailbox(Arc::from(PROGRAM), false);
-        let mut consumer = node.attach(&mailbox);
+        let mut consumer = node.attach(&mailbox, Inbox::Known);
         let options = SubscribeOptions {
             maximum_qos,
             ..SubscribeOptions::default()
         };
         node.subscriptions
             .subscribe(&filter, &mailbox, options, None);
-        let mut walk = node.retained.walk(filter.clone());
+        let wanted = SubscriptionFilter {
+            share: None,
+            filter: filter.clone(),
+        };
+        node.want(&wanted, true);
+        let mut walk = node.retained.walk(filter.clone(), false);
         let mut retained = Vec::new();
         while walk.step(&node.retained, &mut retained, usize::MAX) {}
         for retained in retained {
@@ -140,7 +145,10 @@ impl Broker {
                 origin: Origin::Memory,
             });
         }
-        let leave = Box::new(move || node.subscriptions.unsubscribe(&filter, &mailbox));
+        let leave = Box::new(move || {
+            node.subscriptions.unsubscribe(&filter, &mailbox);
+            node.want(&wanted, false);
+        });
         Ok(Subscription { consumer, leave })
     }
 }

@@ -5,8 +5,11 @@
 
 pub mod auth;
 mod broker;
+mod bus;
 pub mod cli;
+mod cluster;
 pub mod config;
+mod copy;
 pub mod embed;
 mod metrics;
 pub mod mqtt;

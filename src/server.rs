@@ -1,6 +1,6 @@
 //! The composition root: from a configuration to a running broker, and back to nothing.
 //!
-//! The only place that names concrete stores and listeners.
+//! The only place that names concrete stores and listeners, but for `copy`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -8,19 +8,30 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
+use bytes::Bytes;
+use tokio::sync::mpsc::Receiver;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::{Authenticator, Authorizer};
+use crate::broker::flush::Flusher;
 use crate::broker::mailbox::{MailboxLimits, Order, QueueFull};
 use crate::broker::{Node, NodeLimits};
+use crate::bus::mongodb::{CAPPED_BYTES, MongoBus};
+use crate::bus::{Bus, BusError};
+use crate::cluster::Cluster;
+use crate::cluster::link::Links;
 use crate::config::{self, Config};
 use crate::net::connection::{ConnectionContext, serve};
 use crate::net::tls::{ClientCa, TlsFiles};
 use crate::net::websocket::handshake::WebSocketRules;
 use crate::net::{ListenError, Listener, ListenerConfig, ListenerKind};
 use crate::session::connect::ConnectLimits;
-use crate::store::{Store, StoreError};
+use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
+use crate::store::memory::MemoryStore;
+use crate::store::mongodb::{MongoOptions, MongoStore};
+use crate::store::{LogPosition, Store, StoreError, Stored};
 
 /// A broker inside this process.
 ///
@@ -35,7 +46,7 @@ pub struct Broker {
     /// Listeners and what runs beside them.
     tasks: TaskTracker,
     connections: TaskTracker,
-    failed: tokio::sync::watch::Receiver<Option<StoreError>>,
+    failed: watch::Receiver<Option<StoreError>>,
     /// Ends the writer.
     everything_written: CancellationToken,
 }
@@ -59,6 +70,8 @@ enum StartErrorKind {
     Listen(#[from] ListenError),
     #[error("{0}")]
     Store(#[from] StoreError),
+    #[error("{0}")]
+    Bus(#[from] BusError),
     #[error("{0}")]
     Auth(#[from] config::ConfigError),
     #[error("cannot wait for signals: {0}")]
@@ -116,16 +129,32 @@ impl BrokerBuilder {
         for (name, listener) in &config.listeners {
             listeners.push(Listener::bind(listener_config(name, listener, &config.limits)).await?);
         }
-        let store = open_store(&config.store)?;
-        let stored = store.load().await?;
+        let opened = open_store(&config).await?;
+        let stored = match &opened {
+            OpenedStore::Own(store) => store.load().await?,
+            OpenedStore::Shared(_) => Stored::default(),
+        };
+        let number = opened.node();
+        let store = opened.port();
+        let flusher = Arc::new(Flusher::new(store.clone(), number, stored.last_hlc));
+        let joining = match opened {
+            OpenedStore::Shared(store) => Some(Joining::new(store, &flusher).await?),
+            OpenedStore::Own(_) => None,
+        };
         let node = Arc::new(Node::new(
             config.node.name.as_str().into(),
             node_limits(&config),
             authorizer,
             store.clone(),
-            stored.last_hlc,
+            flusher,
+            joining.as_ref().map(|joining| joining.cluster.clone()),
         ));
         node.restore(stored);
+        let (fail, failed) = watch::channel(None);
+        let tasks = TaskTracker::new();
+        if let Some(joining) = joining {
+            joining.join(&node, &tasks, fail.clone()).await?;
+        }
         let context = Arc::new(ConnectionContext {
             node: node.clone(),
             authenticator,
@@ -134,15 +163,13 @@ impl BrokerBuilder {
             connections_max: config.limits.connections_max.unwrap_or(usize::MAX),
             connections: AtomicUsize::new(0),
         });
-        let tasks = TaskTracker::new();
-        let (fail, failed) = tokio::sync::watch::channel(None);
         let writer = node.clone();
         let everything_written = CancellationToken::new();
         let written = everything_written.clone();
         // Not among `tasks`: it has to write what the others leave behind as they end.
         tokio::spawn(async move {
             let error = tokio::select! {
-                error = writer.flusher.run() => error,
+                error = writer.flusher.run(&writer) => error,
                 () = written.cancelled() => return,
             };
             tracing::error!(event = "store_failed", %error, "nothing is acknowledged any more");
@@ -225,6 +252,9 @@ impl Broker {
         // If the store has failed, that has been said already.
         let _ = flusher.durable(flusher.everything()).await;
         self.everything_written.cancel();
+        if let Some(cluster) = &self.node.cluster {
+            cluster.leave().await;
+        }
         self.store.close().await;
         tracing::info!(event = "stopped", node = %self.node.name);
     }
@@ -241,12 +271,24 @@ impl Broker {
     }
 }
 
-/// Serves until SIGTERM or SIGINT, then ends in good order; a second signal ends at once.
+/// Serves until SIGTERM or SIGINT, then ends in good order; a second signal ends at once. A node
+/// that the others of its cluster have declared dead starts anew.
 ///
 /// # Errors
 /// [`StartError`] if the broker cannot start, or its store fails while it runs.
 pub async fn run(config: Config) -> Result<(), StartError> {
     let mut signals = Signals::new().map_err(StartErrorKind::Signals)?;
+    while run_once(config.clone(), &mut signals).await? == Ended::Fenced {}
+    Ok(())
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Stopped,
+    Fenced,
+}
+
+async fn run_once(config: Config, signals: &mut Signals) -> Result<Ended, StartError> {
     let broker = Broker::with_config(config).start().await?;
     let failure = tokio::select! {
         name = signals.next() => {
@@ -263,8 +305,9 @@ pub async fn run(config: Config) -> Result<(), StartError> {
         }
     }
     match failure {
+        Some(StoreError::Fenced) => Ok(Ended::Fenced),
         Some(error) => Err(StartErrorKind::StoreFailed(error).into()),
-        None => Ok(()),
+        None => Ok(Ended::Stopped),
     }
 }
 
@@ -303,14 +346,114 @@ impl Signals {
     }
 }
 
-fn open_store(config: &config::Store) -> Result<Arc<dyn Store>, StoreError> {
-    Ok(match config.kind {
-        config::StoreKind::Embedded => Arc::new(crate::store::embedded::EmbeddedStore::open(
-            &config.path,
-            crate::store::embedded::EmbeddedOptions::default(),
+/// How long one operation waits for MongoDB; a fail-over takes a few seconds.
+const STORE_OPERATION_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A store, of this node alone or of several.
+enum OpenedStore {
+    Own(Arc<dyn Store>),
+    Shared(Arc<MongoStore>),
+}
+
+impl OpenedStore {
+    fn port(&self) -> Arc<dyn Store> {
+        match self {
+            Self::Own(store) => store.clone(),
+            Self::Shared(store) => store.clone(),
+        }
+    }
+
+    fn node(&self) -> u32 {
+        match self {
+            Self::Own(_) => 0,
+            Self::Shared(store) => store.node(),
+        }
+    }
+}
+
+async fn open_store(config: &Config) -> Result<OpenedStore, StartError> {
+    let own: Arc<dyn Store> = match config.store.kind {
+        config::StoreKind::Embedded => Arc::new(EmbeddedStore::open(
+            &config.store.path,
+            EmbeddedOptions::default(),
         )?),
-        config::StoreKind::Memory => Arc::new(crate::store::memory::MemoryStore::default()),
+        config::StoreKind::Memory => Arc::new(MemoryStore::default()),
+        config::StoreKind::MongoDb => {
+            let store = MongoStore::connect(mongo_options(config)?).await?;
+            return Ok(OpenedStore::Shared(store));
+        }
+    };
+    Ok(OpenedStore::Own(own))
+}
+
+/// The MongoDB that `config` names.
+pub(crate) fn mongo_options(config: &Config) -> Result<MongoOptions, config::ConfigError> {
+    Ok(MongoOptions {
+        uri: config.store.mongodb_uri()?.secret().to_owned(),
+        database: config.store.database.clone(),
+        node_name: config.node.name.clone(),
+        timeout: STORE_OPERATION_TIMEOUT,
     })
+}
+
+/// A node that is about to take part in a cluster.
+struct Joining {
+    cluster: Arc<Cluster>,
+    announced: Receiver<LogPosition>,
+    frames: Receiver<Bytes>,
+}
+
+impl Joining {
+    async fn new(store: Arc<MongoStore>, flusher: &Arc<Flusher>) -> Result<Self, StartError> {
+        let bus = MongoBus::open(store.database(), store.node(), CAPPED_BYTES).await?;
+        // Before anything is loaded: what changes meanwhile is told.
+        let frames = bus.subscribe().await?;
+        let links = Links::new(store.node(), Arc::new(bus), flusher.clone());
+        let (cluster, announced) = Cluster::new(store, links);
+        Ok(Self {
+            cluster: Arc::new(cluster),
+            announced,
+            frames,
+        })
+    }
+
+    /// Takes up what the others have, and goes on beside the node.
+    async fn join(
+        self,
+        node: &Arc<Node>,
+        tasks: &TaskTracker,
+        fail: watch::Sender<Option<StoreError>>,
+    ) -> Result<(), StartError> {
+        let Self {
+            cluster,
+            announced,
+            frames,
+        } = self;
+        node.load_shared(&cluster).await?;
+        cluster.join(node).await?;
+        let (sending, stop) = (cluster.clone(), node.stopping.clone());
+        tasks.spawn(async move { sending.links.send_frames(&stop).await });
+        let (receiving, handler) = (cluster.clone(), node.clone());
+        tasks.spawn(async move {
+            let stop = &handler.stopping;
+            receiving
+                .links
+                .receive_frames(frames, &*handler, stop)
+                .await;
+        });
+        let node = node.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                error = cluster.run(&node, announced) => {
+                    tracing::error!(event = "fenced", %error);
+                    node.flusher.fail(&error);
+                    fail.send_replace(Some(error));
+                }
+                () = node.stopping.cancelled() => {}
+            }
+        });
+        Ok(())
+    }
 }
 
 fn listener_config(
@@ -383,6 +526,8 @@ fn connect_limits(config: &Config) -> ConnectLimits {
             u16::try_from(max.as_secs()).unwrap_or(u16::MAX)
         }),
         session_expiry_max: session_expiry_max(config),
+        // A group needs one node that serves it.
+        shared_subscriptions: config.store.kind != config::StoreKind::MongoDb,
         response_prefix: config.session.response_prefix.as_deref().map(Into::into),
         in_flight_max: config.session.in_flight_max.get(),
     }

@@ -25,6 +25,8 @@ pub(crate) struct Detached {
     pub(crate) subscriptions: SessionSubscriptions,
     pub(crate) exchanges: Exchanges,
     pub(crate) record: SessionRecord,
+    /// Of its last connection.
+    pub(super) epoch: u64,
 }
 
 /// All sessions of this node.
@@ -164,6 +166,33 @@ impl Clients {
             resumed,
             ended,
         })
+    }
+
+    /// The claimed session turns out to have another mailbox.
+    pub(super) fn rebind(&self, client_id: &Arc<str>, mailbox: &Arc<Mailbox>) {
+        let mut shard = self.shard(client_id).lock();
+        if let Some(Slot::Connected {
+            mailbox: claimed,
+            successor,
+        }) = shard.get_mut(client_id)
+        {
+            let order = claimed.order();
+            *claimed = mailbox.clone();
+            mailbox.clear_order();
+            if successor.is_some() {
+                mailbox.order_to_end(Order::TakenOver);
+            } else if let Some(order) = order {
+                mailbox.order_to_end(order);
+            }
+        }
+    }
+
+    /// The mailbox of a client that is connected here.
+    pub(super) fn connected(&self, client_id: &str) -> Option<Arc<Mailbox>> {
+        match self.shard(client_id).lock().get(client_id) {
+            Some(Slot::Connected { mailbox, .. }) => Some(mailbox.clone()),
+            _ => None,
+        }
     }
 
     /// Gives the session back when its connection has ended; `None` if it ended with it.

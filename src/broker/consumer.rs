@@ -4,32 +4,49 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 
 use super::flush::{Flusher, Receipt};
 use super::mailbox::{Mailbox, Taken};
-use crate::session::{Delivery, Origin};
+use crate::cluster::{Cluster, Marks};
+use crate::session::Delivery;
 use crate::store::{Chunk, InboxRange, MessageId, Store, StoreError};
 
 /// Bytes of one page of an inbox.
 const PAGE_BYTES: usize = 64 * 1024;
+
+/// What is known of an inbox as its emptying begins.
+pub(crate) enum Inbox {
+    /// All that is in it was put in by this node.
+    Known,
+    /// Other nodes have put something in, or will. They know of the emptying when this resolves.
+    Shared(Option<BoxFuture<'static, ()>>),
+}
+
+/// How long to wait after the store could not be read.
+const READ_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 /// Takes messages out of one mailbox; there is one at a time.
 pub(crate) struct Consumer {
     mailbox: Arc<Mailbox>,
     flusher: Arc<Flusher>,
     store: Arc<dyn Store>,
+    cluster: Option<Arc<Cluster>>,
+    /// Resolves when other nodes know that the mailbox is emptied here.
+    told: Option<BoxFuture<'static, ()>>,
     /// Taken, not yet delivered.
     ready: VecDeque<Delivery>,
-    /// The last message that was taken of those that are stored.
-    last: MessageId,
-    /// Where the next page begins, while the inbox is being read.
-    cursor: Option<MessageId>,
     reading: Option<BoxFuture<'static, Result<Vec<Chunk>, StoreError>>>,
-    /// Up to where the page is that is being read.
-    reading_before: Option<u64>,
-    /// Durable once all is in the store that is not in memory.
+    /// Up to where it is read.
+    reading_before: u64,
+    /// From where on memory holds what waits.
+    reading_to: Option<u64>,
+    /// Up to here there is nothing that has not been read.
+    empty_before: u64,
+    /// Nothing is read before this is durable: only then is everything in the store that is not in
+    /// memory, and nothing that is done with.
     catch_up: Receipt,
 }
 
@@ -38,21 +55,30 @@ impl Consumer {
         mailbox: Arc<Mailbox>,
         flusher: Arc<Flusher>,
         store: Arc<dyn Store>,
+        cluster: Option<Arc<Cluster>>,
+        inbox: Inbox,
     ) -> Self {
+        let (is_known, told) = match inbox {
+            Inbox::Known => (true, None),
+            Inbox::Shared(told) => (false, told),
+        };
         let catch_up = {
             let mut additions = flusher.add();
-            mailbox.attach(additions.tick());
+            let tick = additions.tick();
+            mailbox.attach(is_known.then_some(tick));
             additions.receipt()
         };
         Self {
             mailbox,
             flusher,
             store,
+            cluster,
+            told,
             ready: VecDeque::new(),
-            last: MessageId::MIN,
-            cursor: None,
             reading: None,
-            reading_before: None,
+            reading_before: 0,
+            reading_to: None,
+            empty_before: 0,
             catch_up,
         }
     }
@@ -108,20 +134,8 @@ impl Consumer {
                 self.accept(page?);
                 continue;
             }
-            match self
-                .mailbox
-                .take(&mut self.ready, TAKE_MAX, self.cursor, self.last)
-            {
+            match self.mailbox.take(&mut self.ready, TAKE_MAX) {
                 Taken::Live => {
-                    self.cursor = None;
-                    if let Some(id) = self
-                        .ready
-                        .iter()
-                        .rev()
-                        .find_map(|delivery| delivery.origin.place_in(self.mailbox.session))
-                    {
-                        self.last = id;
-                    }
                     if self.ready.is_empty() {
                         ready!(self.wait(context, true))?;
                         if self.mailbox.order().is_some() {
@@ -129,15 +143,35 @@ impl Consumer {
                         }
                     }
                 }
-                Taken::ReadInbox { from, before } => {
-                    // Only then is everything in the store that the page has to hold.
-                    if before.is_some() {
-                        match self.flusher.poll_durable(self.catch_up, context) {
-                            Poll::Pending => return self.wait(context, false),
-                            Poll::Ready(durable) => durable?,
+                Taken::Restart => {
+                    let additions = self.flusher.add();
+                    self.mailbox.begin_reading();
+                    self.empty_before = 0;
+                    self.catch_up = additions.receipt();
+                }
+                Taken::ReadInbox { from, live_from } => {
+                    if let Some(told) = &mut self.told {
+                        if told.as_mut().poll(context).is_pending() {
+                            return self.wait(context, false);
                         }
+                        self.told = None;
                     }
-                    self.read(from, before);
+                    match self.flusher.poll_durable(self.catch_up, context) {
+                        Poll::Pending => return self.wait(context, false),
+                        Poll::Ready(durable) => durable?,
+                    }
+                    // Behind a mark a message may still come to stand before one that is there.
+                    let marks = self.cluster.as_ref().map(|cluster| cluster.marks());
+                    let safe = marks.map_or(u64::MAX, Marks::safe);
+                    let wanted = live_from.unwrap_or_else(|| self.flusher.mark() + 1);
+                    let before = wanted.min(safe.saturating_add(1));
+                    if before <= self.empty_before
+                        && let Some(marks) = marks
+                        && marks.poll_reached(self.empty_before, context).is_pending()
+                    {
+                        return self.wait(context, false);
+                    }
+                    self.read(from, before, live_from);
                 }
             }
         }
@@ -152,57 +186,52 @@ impl Consumer {
         }
     }
 
-    fn read(&mut self, from: MessageId, before: Option<u64>) {
+    fn read(&mut self, from: MessageId, before: u64, live_from: Option<u64>) {
         let range = InboxRange {
             session: self.mailbox.session,
             from,
-            before: before.map_or(MessageId::MAX, |hlc| MessageId {
-                hlc,
+            before: MessageId {
+                hlc: before,
                 ..MessageId::MIN
-            }),
+            },
             bytes_max: PAGE_BYTES,
         };
         let store = self.store.clone();
         self.reading_before = before;
-        self.reading = Some(Box::pin(async move { store.read_inbox(range).await }));
+        self.reading_to = live_from;
+        self.reading = Some(Box::pin(async move {
+            loop {
+                match store.read_inbox(range).await {
+                    Err(StoreError::Unavailable(_)) => tokio::time::sleep(READ_AGAIN_AFTER).await,
+                    page => return page,
+                }
+            }
+        }));
     }
 
     /// Takes what a page has; one that has nothing is the end of what is to be read.
     fn accept(&mut self, page: Vec<Chunk>) {
-        if page.is_empty() {
-            match self.reading_before {
-                Some(before) => self.mailbox.caught_up(before),
-                None => {
-                    let mut additions = self.flusher.add();
-                    self.mailbox.hold_from(additions.tick());
-                    self.catch_up = additions.receipt();
-                }
-            }
+        if !page.is_empty() {
+            self.mailbox.accept_page(page, &mut self.ready);
             return;
         }
-        for chunk in page {
-            let bytes: usize = chunk.entries.iter().map(|entry| entry.message.len()).sum();
-            let count = u32::try_from(chunk.entries.len()).unwrap_or(u32::MAX);
-            let last = chunk.entries.last().map_or(chunk.key, |entry| entry.id);
-            let settled = self
-                .mailbox
-                .open_chunk(chunk.key, last, count, bytes as u64);
-            self.cursor = Some(chunk.key.successor());
-            for entry in chunk.entries {
-                if entry.id <= self.last || settled.contains(&(entry.id.hlc, entry.id.index)) {
-                    continue;
+        match self.reading_to {
+            Some(live_from) if live_from <= self.reading_before => {
+                self.mailbox.caught_up(live_from);
+            }
+            Some(_) => self.empty_before = self.reading_before,
+            None => {
+                self.empty_before = self.reading_before;
+                let tick = {
+                    let mut additions = self.flusher.add();
+                    let tick = additions.tick();
+                    self.mailbox.hold_from(tick);
+                    self.catch_up = additions.receipt();
+                    tick
+                };
+                if let Some(cluster) = &self.cluster {
+                    cluster.links.want_marks(tick);
                 }
-                self.last = entry.id;
-                self.ready.push_back(Delivery {
-                    message: entry.message,
-                    qos: entry.qos,
-                    retain: entry.retain,
-                    subscription_identifiers: entry.subscription_identifiers,
-                    origin: match &self.mailbox.group {
-                        None => Origin::Inbox(entry.id),
-                        Some(_) => Origin::Group(self.mailbox.session, entry.id),
-                    },
-                });
             }
         }
     }

@@ -8,17 +8,22 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hashbrown::HashMap;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
+use super::Node;
 use super::mailbox::{Admission, Mailbox};
+use super::peers::{Missed, MissedChunk};
 use super::trim::Overfull;
-use crate::mqtt::QoS;
-use crate::session::{Delivery, Origin};
-use crate::store::{Change, Chunk, Entry, MessageId, SessionId, Store, StoreError};
+use crate::bus::wire::{Header, Stamp};
+use crate::cluster::link::Clock;
+use crate::mqtt::{Message, QoS};
+use crate::session::Delivery;
+use crate::store::{Change, Chunk, Entry, LogPosition, MessageId, SessionId, Store, StoreError};
 
 /// The number of the flush that something is in; it is durable once that flush is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,10 +41,24 @@ const GATHERED_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// page of an inbox stays small.
 const CHUNK_BYTES_MAX: usize = 64 * 1024;
 
+/// How long whoever waits for a store that is not available is kept waiting.
+const STORE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Between attempts to write.
+const RETRY_PAUSE_MIN: Duration = Duration::from_millis(50);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Milliseconds that the clock gains in a second at most by counting alone: each has 65,536 values.
+const COUNTED_MS: u64 = 10;
+
+/// A node whose clock is further ahead than this does not drag the others with it.
+const CLOCK_AHEAD_MAX: Duration = Duration::from_secs(60);
+
 /// Owns the flush that is being gathered, and the mark up to which everything is durable.
 pub(crate) struct Flusher {
     store: Arc<dyn Store>,
-    node: u32,
+    /// This node among all that have ever written to the store.
+    pub(crate) node: u32,
     gathering: Mutex<Gathering>,
     /// Bytes of messages in the flush that is being gathered.
     gathered_bytes: AtomicUsize,
@@ -47,6 +66,10 @@ pub(crate) struct Flusher {
     durable: AtomicU64,
     pub(super) overfull: Overfull,
     has_failed: AtomicBool,
+    /// No flush is written whose clock value is beyond this one.
+    reserved: AtomicU64,
+    /// Says that a flush waits for that.
+    needs_reservation: Notify,
     /// Wakes the writer when there is something to write.
     work: Notify,
 }
@@ -58,6 +81,8 @@ struct Gathering {
     first_hlc: u64,
     /// The clock value of its next message.
     hlc: u64,
+    /// The clock value of the first message of the flush that is being written.
+    writing_from: Option<u64>,
     next_index: u16,
     changes: Vec<Change>,
     /// The open chunk of each session: its place in `changes`, and its bytes.
@@ -65,7 +90,12 @@ struct Gathering {
     /// The place in `changes` of every chunk.
     places: HashMap<(SessionId, MessageId), usize>,
     bytes: usize,
-    /// Why nothing becomes durable any more.
+    /// Messages of QoS 1 and 2, if other nodes may have made subscriptions that they match.
+    messages: Vec<Matched>,
+    /// The places in `changes` of chunks to be handed on once they are durable.
+    later: Vec<(Arc<Mailbox>, usize)>,
+    unstored: Vec<(SessionId, Unstored)>,
+    /// Why nothing becomes durable any more, or for the time being.
     failed: Option<StoreError>,
     /// Who waits for this flush.
     waiters: Vec<Waker>,
@@ -73,6 +103,66 @@ struct Gathering {
     waiters_of_previous: Vec<Waker>,
     /// Who waits for room in this flush.
     waiters_for_room: Vec<Waker>,
+}
+
+/// A message, and the version of the subscriptions that it was matched with.
+#[derive(Clone, Debug)]
+pub(super) struct Matched {
+    pub(super) message: Message,
+    pub(super) version: u64,
+    /// The session that it depends on: whatever becomes of the message does so in one write.
+    pub(super) guard: Option<SessionId>,
+}
+
+/// What of a message goes through no inbox, if it has to wait until the rest of it is certain.
+#[derive(Debug)]
+pub(super) enum Unstored {
+    One {
+        mailbox: Arc<Mailbox>,
+        delivery: Delivery,
+    },
+    Nodes {
+        message: Message,
+        publisher: Arc<str>,
+        nodes: Vec<u32>,
+    },
+    Retain {
+        message: Message,
+        publisher: Arc<str>,
+    },
+}
+
+/// A flush that is being written.
+struct Flush {
+    /// By the session that it depends on.
+    unstored: Vec<(SessionId, Unstored)>,
+    changes: Vec<Change>,
+    messages: Vec<Matched>,
+    /// Chunks to be handed on to whoever empties their inbox.
+    later: Vec<(Arc<Mailbox>, Chunk)>,
+}
+
+impl Flush {
+    /// Adds what messages have missed; returns how far they have been matched.
+    fn add(&mut self, missed: Missed) -> Vec<LogPosition> {
+        for matched in &mut self.messages {
+            matched.version = missed.version;
+        }
+        for MissedChunk {
+            mailbox,
+            chunk,
+            guard,
+        } in missed.chunks
+        {
+            self.changes.push(Change::Enqueue {
+                session: mailbox.session,
+                chunk: chunk.clone(),
+                guard,
+            });
+            self.later.push((mailbox, chunk));
+        }
+        missed.followed
+    }
 }
 
 /// Exclusive access to the flush that is being gathered; several additions through one are
@@ -85,19 +175,23 @@ pub(crate) struct Additions<'a> {
 
 impl Flusher {
     /// `last_hlc` is the largest clock value in the store.
-    pub(crate) fn new(store: Arc<dyn Store>, last_hlc: u64) -> Self {
+    pub(crate) fn new(store: Arc<dyn Store>, node: u32, last_hlc: u64) -> Self {
         Self {
             store,
-            node: 0,
+            node,
             gathering: Mutex::new(Gathering {
                 number: 1,
                 first_hlc: next_hlc(last_hlc),
                 hlc: next_hlc(last_hlc),
+                writing_from: None,
                 next_index: 0,
                 changes: Vec::new(),
                 open_chunks: HashMap::new(),
                 places: HashMap::new(),
                 bytes: 0,
+                messages: Vec::new(),
+                later: Vec::new(),
+                unstored: Vec::new(),
                 failed: None,
                 waiters: Vec::new(),
                 waiters_of_previous: Vec::new(),
@@ -107,54 +201,158 @@ impl Flusher {
             durable: AtomicU64::new(0),
             overfull: Overfull::default(),
             has_failed: AtomicBool::new(false),
+            reserved: AtomicU64::new(u64::MAX),
+            needs_reservation: Notify::new(),
             work: Notify::new(),
         }
     }
 
-    /// Writes flush after flush until the store fails, for ever otherwise.
-    pub(crate) async fn run(&self) -> StoreError {
+    /// Writes flush after flush until the store fails for good, for ever otherwise.
+    pub(crate) async fn run(&self, node: &Node) -> StoreError {
         loop {
-            let Some(changes) = self.seal() else {
+            let Some(flush) = self.seal() else {
                 self.work.notified().await;
                 continue;
             };
-            // Everything may have been taken over by clients before it had to be written.
-            let written = if changes.is_empty() {
-                Ok(())
-            } else {
-                self.store.write(changes.into()).await
-            };
-            let mut gathering = self.gathering.lock();
-            let mut waiters = std::mem::take(&mut gathering.waiters_of_previous);
-            match written {
-                Ok(()) => self.durable.store(gathering.number - 1, Ordering::Release),
-                Err(error) => {
-                    gathering.failed = Some(error.clone());
-                    self.has_failed.store(true, Ordering::Release);
-                    waiters.append(&mut gathering.waiters);
-                    waiters.append(&mut gathering.waiters_for_room);
-                    drop(gathering);
-                    waiters.into_iter().for_each(Waker::wake);
-                    return error;
-                }
+            if let Err(error) = self.commit(flush, node).await {
+                self.fail(&error);
+                return error;
             }
+            let mut gathering = self.gathering.lock();
+            gathering.writing_from = None;
+            self.durable.store(gathering.number - 1, Ordering::Release);
+            if gathering.failed.take().is_some() {
+                self.has_failed.store(false, Ordering::Release);
+                tracing::info!(event = "store_available");
+            }
+            let waiters = std::mem::take(&mut gathering.waiters_of_previous);
             drop(gathering);
             waiters.into_iter().for_each(Waker::wake);
+            if let Some(cluster) = &node.cluster {
+                cluster.links.durable_advanced();
+            }
         }
     }
 
-    /// Ends the gathering of a flush, if there is anything in it, and begins the next one.
-    fn seal(&self) -> Option<Vec<Change>> {
+    /// Writes a flush, and what it has to hold besides because of other nodes.
+    async fn commit(&self, mut flush: Flush, node: &Node) -> Result<(), StoreError> {
+        let mut followed = None;
+        if flush.messages.iter().any(|matched| matched.guard.is_some()) {
+            let missed = self.until_available(|| node.missed(&flush.messages, &[]));
+            followed = Some(flush.add(missed.await?));
+        }
+        loop {
+            // Everything may have been taken over by clients before it had to be written.
+            if flush.changes.is_empty() && flush.messages.is_empty() {
+                return Ok(());
+            }
+            let all = Arc::new(std::mem::take(&mut flush.changes));
+            let written = self
+                .until_available(|| self.store.write(all.clone(), followed.as_deref()))
+                .await?;
+            if written.behind {
+                flush.changes = Arc::unwrap_or_clone(all);
+                let missed =
+                    self.until_available(|| node.missed(&flush.messages, &written.subscriptions));
+                followed = Some(flush.add(missed.await?));
+                continue;
+            }
+            for change in all.iter() {
+                if let Change::EndSession(session) = change
+                    && !written.lost.contains(session)
+                {
+                    node.forget_session(*session);
+                }
+            }
+            if !written.lost.is_empty() {
+                node.lose(&written.lost);
+                let left_out: Vec<_> = all
+                    .iter()
+                    .filter_map(|change| change.guarded_by(&written.lost))
+                    .collect();
+                flush
+                    .later
+                    .retain(|(_, chunk)| !left_out.contains(&chunk.key));
+            }
+            if all.iter().any(Change::is_for_subscription_log) {
+                node.announce_log(&written.subscriptions);
+            }
+            node.hand_on(std::mem::take(&mut flush.later));
+            for (guard, unstored) in flush.unstored.drain(..) {
+                if !written.lost.contains(&guard) {
+                    node.deliver_unstored(unstored);
+                }
+            }
+            // Of those, nothing was missed when they were written, or they count no more.
+            flush.messages.retain(|matched| matched.guard.is_none());
+            followed = None;
+            let missed =
+                self.until_available(|| node.missed(&flush.messages, &written.subscriptions));
+            flush.add(missed.await?);
+            if flush.changes.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Does something with the store again and again until it is available.
+    async fn until_available<T, F: Future<Output = Result<T, StoreError>>>(
+        &self,
+        mut operation: impl FnMut() -> F,
+    ) -> Result<T, StoreError> {
+        let begun = Instant::now();
+        let mut pause = RETRY_PAUSE_MIN;
+        loop {
+            match operation().await {
+                Err(error @ StoreError::Unavailable(_)) => {
+                    tracing::warn!(event = "store_unavailable", %error);
+                    if begun.elapsed() >= STORE_TIMEOUT {
+                        self.fail(&error);
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(RETRY_PAUSE_MAX);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Lets go whoever waits for the flush, which may never be durable.
+    pub(crate) fn fail(&self, error: &StoreError) {
         let mut gathering = self.gathering.lock();
-        if gathering.changes.is_empty() {
+        gathering.failed = Some(error.clone());
+        self.has_failed.store(true, Ordering::Release);
+        let mut waiters = std::mem::take(&mut gathering.waiters_of_previous);
+        waiters.append(&mut gathering.waiters);
+        waiters.append(&mut gathering.waiters_for_room);
+        drop(gathering);
+        waiters.into_iter().for_each(Waker::wake);
+    }
+
+    /// Ends the gathering of a flush, if there is anything in it, and begins the next one.
+    fn seal(&self) -> Option<Flush> {
+        let mut gathering = self.gathering.lock();
+        if gathering.is_empty() {
+            return None;
+        }
+        if gathering.hlc > self.reserved.load(Ordering::Acquire) {
+            self.needs_reservation.notify_one();
             return None;
         }
         let mut changes = std::mem::take(&mut gathering.changes);
+        let later = std::mem::take(&mut gathering.later)
+            .into_iter()
+            .filter_map(|(mailbox, place)| match &changes[place] {
+                Change::Enqueue { chunk, .. } => Some((mailbox, chunk.clone())),
+                _ => None,
+            })
+            .collect();
         // Chunks whose messages were all acknowledged before they had to be written.
         changes.retain(
             |change| !matches!(change, Change::Enqueue { chunk, .. } if chunk.entries.is_empty()),
         );
         gathering.number += 1;
+        gathering.writing_from = Some(gathering.first_hlc);
         gathering.tick();
         gathering.places.clear();
         gathering.first_hlc = gathering.hlc;
@@ -163,14 +361,19 @@ impl Flusher {
         let waiters = std::mem::take(&mut gathering.waiters);
         gathering.waiters_of_previous.extend(waiters);
         gathering.waiters_for_room.drain(..).for_each(Waker::wake);
-        Some(changes)
+        Some(Flush {
+            changes,
+            messages: std::mem::take(&mut gathering.messages),
+            unstored: std::mem::take(&mut gathering.unstored),
+            later,
+        })
     }
 
     /// Opens the flush that is being gathered.
     pub(crate) fn add(&self) -> Additions<'_> {
         let gathering = self.gathering.lock();
         Additions {
-            was_empty: gathering.changes.is_empty(),
+            was_empty: gathering.is_empty(),
             gathering,
             flusher: self,
         }
@@ -185,7 +388,49 @@ impl Flusher {
         receipt.0 <= self.durable.load(Ordering::Acquire)
     }
 
-    /// Whether nothing becomes durable any more.
+    /// The clock value up to which every message is durable, and beyond which every further one is.
+    pub(crate) fn mark(&self) -> u64 {
+        let mut gathering = self.gathering.lock();
+        if gathering.is_empty() {
+            gathering.tick();
+            gathering.first_hlc = gathering.hlc;
+        }
+        gathering.writing_from.unwrap_or(gathering.first_hlc) - 1
+    }
+
+    /// A clock value of another node: none that is given from now on is below it.
+    pub(crate) fn observe(&self, hlc: u64) {
+        let mut gathering = self.gathering.lock();
+        if hlc > gathering.hlc {
+            gathering.hlc = hlc;
+            gathering.tick();
+            if gathering.is_empty() {
+                gathering.first_hlc = gathering.hlc;
+            }
+        }
+    }
+
+    /// A clock value that this node will not have come to in the next `ms` milliseconds, or that it
+    /// will wait at.
+    pub(crate) fn reservation(&self, ms: u64) -> u64 {
+        let hlc = self.gathering.lock().hlc;
+        // Ahead of the time of day it only counts, which takes it no further in effect.
+        let counted = hlc + (COUNTED_MS << 16);
+        ((unix_ms() + ms) << 16).max(counted)
+    }
+
+    /// Resolves when a flush waits for a further reservation.
+    pub(crate) async fn needs_reservation(&self) {
+        self.needs_reservation.notified().await;
+    }
+
+    /// Other nodes know that this one may come to the clock value `hlc`.
+    pub(crate) fn reserve(&self, hlc: u64) {
+        self.reserved.store(hlc, Ordering::Release);
+        self.work.notify_one();
+    }
+
+    /// Whether nothing becomes durable any more, or not for the time being.
     pub(crate) fn has_failed(&self) -> bool {
         self.has_failed.load(Ordering::Acquire)
     }
@@ -241,22 +486,37 @@ impl Flusher {
     /// The receipt of everything that has been added so far.
     pub(crate) fn everything(&self) -> Receipt {
         let gathering = self.gathering.lock();
-        Receipt(gathering.number - u64::from(gathering.changes.is_empty()))
+        Receipt(gathering.number - u64::from(gathering.is_empty()))
     }
 }
 
 impl Additions<'_> {
     /// Of everything added until now.
     pub(crate) fn receipt(&self) -> Receipt {
-        Receipt(self.gathering.number - u64::from(self.gathering.changes.is_empty()))
+        Receipt(self.gathering.number - u64::from(self.gathering.is_empty()))
     }
 
     pub(crate) fn persist(&mut self, change: Change) -> Receipt {
-        if let Change::Retain(retained) = &change {
+        if let Change::Retain { retained, .. } = &change {
             self.gathering.bytes += retained.message.len();
         }
         self.gathering.changes.push(change);
         Receipt(self.gathering.number)
+    }
+
+    /// The place of something that is written besides messages for inboxes.
+    pub(crate) fn next_id(&mut self) -> MessageId {
+        let gathering = &mut *self.gathering;
+        if gathering.next_index == u16::MAX {
+            gathering.tick();
+        }
+        let index = gathering.next_index;
+        gathering.next_index += 1;
+        MessageId {
+            hlc: gathering.hlc,
+            node: self.flusher.node,
+            index,
+        }
     }
 
     /// Begins a new clock value: all messages added until now are below it, all later ones are not.
@@ -265,28 +525,35 @@ impl Additions<'_> {
         self.gathering.hlc
     }
 
+    /// Has something done once `guard` turns out to be this node's as the flush is written.
+    pub(super) fn afterwards(&mut self, guard: SessionId, unstored: Unstored) {
+        self.gathering.unstored.push((guard, unstored));
+    }
+
+    /// The message has to be matched again with subscriptions that other nodes have made meanwhile,
+    /// before it may be acknowledged.
+    pub(super) fn match_again(&mut self, matched: Matched) {
+        self.gathering.messages.push(matched);
+    }
+
     /// Adds a message to an inbox, and hands it to whoever empties the inbox, in one step: both
-    /// see messages in the same order.
-    pub(crate) fn enqueue(&mut self, mailbox: &Arc<Mailbox>, mut delivery: Delivery) -> Receipt {
-        match mailbox.admit(&delivery.message) {
+    /// see messages in the same order. With a `guard` it counts only if that session is still this
+    /// node's when it is written, and is handed on only then.
+    pub(crate) fn enqueue(
+        &mut self,
+        mailbox: &Arc<Mailbox>,
+        mut delivery: Delivery,
+        guard: Option<SessionId>,
+    ) -> Receipt {
+        // What has to wait counts once it is certain.
+        match mailbox.admit(&delivery.message, guard.is_none()) {
             Admission::Refused => return self.receipt(),
             Admission::Admitted => {}
             Admission::Overfull => self.flusher.overfull.add(mailbox.clone()),
         }
+        let id = self.next_id();
         let gathering = &mut *self.gathering;
-        if gathering.next_index == u16::MAX {
-            gathering.tick();
-        }
-        let id = MessageId {
-            hlc: gathering.hlc,
-            node: self.flusher.node,
-            index: gathering.next_index,
-        };
-        gathering.next_index += 1;
-        delivery.origin = match &mailbox.group {
-            None => Origin::Inbox(id),
-            Some(_) => Origin::Group(mailbox.session, id),
-        };
+        delivery.origin = mailbox.origin(id);
         let entry = Entry {
             id,
             qos: delivery.qos,
@@ -296,7 +563,8 @@ impl Additions<'_> {
         };
         let bytes = delivery.message.len();
         gathering.bytes += bytes;
-        let key = match gathering.open_chunk(mailbox.session, delivery.qos) {
+        let open = gathering.open_chunk(mailbox.session, delivery.qos);
+        let key = match open.filter(|_| guard.is_none()) {
             Some((chunk, size)) => {
                 *size += bytes;
                 chunk.entries.push(entry);
@@ -307,11 +575,17 @@ impl Additions<'_> {
                     key: id,
                     entries: vec![entry],
                 };
-                gathering.begin_chunk(mailbox.session, chunk, bytes);
+                gathering.begin_chunk(mailbox.session, chunk, bytes, guard);
+                if guard.is_some() || mailbox.holder().is_some() {
+                    let place = gathering.changes.len() - 1;
+                    gathering.later.push((mailbox.clone(), place));
+                }
                 id
             }
         };
-        mailbox.push_durable(id, key, delivery);
+        if guard.is_none() {
+            mailbox.push_durable(id, key, delivery);
+        }
         Receipt(gathering.number)
     }
 
@@ -346,12 +620,16 @@ impl Additions<'_> {
                 key: chunk.key,
             })
         } else {
-            self.persist(Change::Enqueue { session, chunk })
+            self.persist(Change::Shorten { session, chunk })
         }
     }
 }
 
 impl Gathering {
+    fn is_empty(&self) -> bool {
+        self.changes.is_empty() && self.messages.is_empty()
+    }
+
     fn tick(&mut self) {
         self.hlc = next_hlc(self.hlc);
         self.next_index = 0;
@@ -363,19 +641,32 @@ impl Gathering {
     /// everything has been taken out again is closed: its key is settled.
     fn open_chunk(&mut self, session: SessionId, qos: QoS) -> Option<(&mut Chunk, &mut usize)> {
         let (place, size) = self.open_chunks.get_mut(&session)?;
-        let Change::Enqueue { chunk, .. } = &mut self.changes[*place] else {
-            unreachable!("an open chunk is an Enqueue");
+        let Change::Enqueue {
+            chunk, guard: None, ..
+        } = &mut self.changes[*place]
+        else {
+            return None;
         };
         let joins = |entry: &Entry| entry.qos == QoS::AtLeastOnce && qos == QoS::AtLeastOnce;
         (*size < CHUNK_BYTES_MAX && chunk.entries.last().is_some_and(joins))
             .then_some((chunk, size))
     }
 
-    fn begin_chunk(&mut self, session: SessionId, chunk: Chunk, bytes: usize) {
+    fn begin_chunk(
+        &mut self,
+        session: SessionId,
+        chunk: Chunk,
+        bytes: usize,
+        guard: Option<SessionId>,
+    ) {
         let place = self.changes.len();
         self.open_chunks.insert(session, (place, bytes));
         self.places.insert((session, chunk.key), place);
-        self.changes.push(Change::Enqueue { session, chunk });
+        self.changes.push(Change::Enqueue {
+            session,
+            chunk,
+            guard,
+        });
     }
 }
 
@@ -384,9 +675,33 @@ impl Drop for Additions<'_> {
         self.flusher
             .gathered_bytes
             .store(self.gathering.bytes, Ordering::Relaxed);
-        if self.was_empty && !self.gathering.changes.is_empty() {
+        if self.was_empty && !self.gathering.is_empty() {
             self.flusher.work.notify_one();
         }
+    }
+}
+
+impl Clock for Flusher {
+    fn stamp(&self) -> Stamp {
+        let durable_hlc = self.mark();
+        Stamp {
+            hlc: self.gathering.lock().hlc,
+            durable_hlc,
+            store_ok: !self.has_failed(),
+        }
+    }
+
+    fn observe(&self, header: &Header) {
+        let ahead = (header.stamp.hlc >> 16).saturating_sub(unix_ms());
+        if ahead > CLOCK_AHEAD_MAX.as_millis() as u64 {
+            tracing::error!(
+                event = "clock_ahead",
+                node = header.from,
+                milliseconds = ahead
+            );
+            return;
+        }
+        self.observe(header.stamp.hlc);
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::Node;
-use super::consumer::Consumer;
+use super::consumer::{Consumer, Inbox};
 use super::flush::Additions;
 use super::mailbox::Mailbox;
 use crate::mqtt::topic::{SubscribeOptions, SubscriptionFilter};
@@ -213,7 +213,7 @@ impl Group {
             members.consuming = true;
         }
         // Not while the members are locked: publishers lock the flush before them.
-        let consumer = node.attach(&self.mailbox);
+        let consumer = node.attach(&self.mailbox, Inbox::Known);
         let mut members = self.members.lock();
         members.attached = Some(consumer);
         members.wake_dispatcher();
@@ -268,7 +268,7 @@ impl Group {
     /// Puts in a message that goes through the inbox.
     pub(super) fn enqueue(&self, message: &Message, additions: &mut Additions<'_>) {
         let delivery = self.delivery(message, Origin::Memory);
-        additions.enqueue(&self.mailbox, delivery);
+        additions.enqueue(&self.mailbox, delivery, None);
     }
 
     /// Puts in a message that is held in memory only.

@@ -5,10 +5,10 @@
 //! `Paged` (what waits is read from the inbox in the store, in pages, until the consumer has caught
 //! up), so its memory is bounded however much waits.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::task::Waker;
 
 use parking_lot::Mutex;
@@ -63,6 +63,12 @@ pub(crate) struct Mailbox {
     pub(crate) group: Option<SubscriptionFilter>,
     /// Whether QoS 1 and 2 messages go through the inbox in the store.
     durable: AtomicBool,
+    /// Whether other nodes write to the inbox too.
+    shared: bool,
+    /// The node that has the session's client, if it is not this one; 0 if none has.
+    holder: AtomicU32,
+    /// Another node has taken the session: nothing may be answered to the client any more.
+    lost: AtomicBool,
     limits: MailboxLimits,
     dropped: Arc<Dropped>,
     state: Mutex<State>,
@@ -89,14 +95,20 @@ struct State {
     unsettled: bool,
     /// How many consumers there have been.
     consumers: u64,
+    /// Whether the reading begins anew, and what is done with has to be gone from the store before.
+    restart: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     /// Memory holds all that waits.
     Live,
-    /// The consumer reads the inbox, up to the clock value from which on memory holds what waits.
-    Paged { live_from: Option<u64> },
+    /// The consumer reads the inbox from the key `from` on, up to the clock value `live_from` from
+    /// which on memory holds what waits.
+    Paged {
+        from: MessageId,
+        live_from: Option<u64>,
+    },
 }
 
 /// What is known of the inbox in the store.
@@ -109,20 +121,33 @@ struct Inbox {
     head: MessageId,
     /// Up to here messages may be in flight, while the client is away.
     begun: MessageId,
-    /// Chunks of which messages were handed to the consumer.
+    /// Chunks of which memory or the consumer has messages.
     chunks: BTreeMap<MessageId, OpenChunk>,
+    /// Chunks that are done with, but may be read once more.
+    finished: BTreeSet<MessageId>,
 }
 
-/// A chunk in the hands of the consumer.
+/// A chunk of which memory or the consumer has messages.
 #[derive(Debug)]
 struct OpenChunk {
-    /// Its last message.
-    last: MessageId,
-    /// Messages in it that are not acknowledged.
+    /// It has those before this one.
+    held_before: MessageId,
+    /// Messages in the chunk that are not acknowledged.
     remaining: u32,
     bytes: u64,
     /// Indexes of those that are, as long as others are not.
     settled: Vec<(u64, u16)>,
+}
+
+/// Where the QoS 1 and 2 messages of a mailbox lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum InboxKind {
+    /// In memory.
+    None,
+    /// In an inbox that this node alone writes to; what is in it already.
+    Own(InboxSummary),
+    /// In one that other nodes write to as well.
+    Shared,
 }
 
 /// What [`Mailbox::admit`] says.
@@ -147,11 +172,13 @@ pub(crate) struct Settled {
 pub(crate) enum Taken {
     /// Messages were moved out, or there are none.
     Live,
-    /// The inbox must be read, from `from` up to `before`.
+    /// The inbox must be read from `from` on. From `live_from` on memory holds what waits.
     ReadInbox {
         from: MessageId,
-        before: Option<u64>,
+        live_from: Option<u64>,
     },
+    /// The inbox must be read anew, after [`Mailbox::begin_reading`].
+    Restart,
 }
 
 impl Mailbox {
@@ -159,24 +186,27 @@ impl Mailbox {
         session: SessionId,
         client_id: Arc<str>,
         group: Option<SubscriptionFilter>,
-        durable: bool,
-        stored: InboxSummary,
+        inbox: InboxKind,
         limits: MailboxLimits,
         dropped: Arc<Dropped>,
     ) -> Self {
+        let (durable, shared, stored) = match inbox {
+            InboxKind::None => (false, false, InboxSummary::default()),
+            InboxKind::Own(stored) => (true, false, stored),
+            InboxKind::Shared => (true, true, InboxSummary::default()),
+        };
         Self {
             session,
             client_id,
             group,
             durable: AtomicBool::new(durable),
+            shared,
+            holder: AtomicU32::new(0),
+            lost: AtomicBool::new(false),
             limits,
             dropped,
             state: Mutex::new(State {
-                mode: if durable {
-                    Mode::Paged { live_from: None }
-                } else {
-                    Mode::Live
-                },
+                mode: if durable { Mode::AWAY } else { Mode::Live },
                 live: VecDeque::new(),
                 live_bytes: 0,
                 attached: false,
@@ -187,12 +217,14 @@ impl Mailbox {
                 trimming: false,
                 unsettled: false,
                 consumers: 0,
+                restart: false,
                 inbox: Inbox {
                     messages: stored.messages,
                     bytes: stored.bytes,
                     head: stored.head.unwrap_or(MessageId::MIN),
                     begun: MessageId::MIN,
                     chunks: BTreeMap::new(),
+                    finished: BTreeSet::new(),
                 },
             }),
         }
@@ -206,7 +238,7 @@ impl Mailbox {
     pub(super) fn make_durable(&self) {
         let mut state = self.state.lock();
         if !state.attached {
-            state.mode = Mode::Paged { live_from: None };
+            state.mode = Mode::AWAY;
         }
         self.durable.store(true, Ordering::Relaxed);
     }
@@ -273,8 +305,50 @@ impl Mailbox {
         crowded
     }
 
+    /// The other node that has the session's client.
+    pub(super) fn holder(&self) -> Option<u32> {
+        match self.holder.load(Ordering::Acquire) {
+            0 => None,
+            node => Some(node),
+        }
+    }
+
+    /// Says which other node has the session's client now. What waits is counted anew: by this node,
+    /// what it adds while no node has the client; by the one that has it, everything.
+    pub(super) fn set_holder(&self, node: Option<u32>) {
+        self.holder.store(node.unwrap_or(0), Ordering::Release);
+        let mut state = self.state.lock();
+        if !state.attached {
+            state.inbox.messages = 0;
+            state.inbox.bytes = 0;
+        }
+    }
+
+    /// This node has taken the session; whatever another does from now on counts again.
+    pub(super) fn regain(&self) {
+        self.lost.store(false, Ordering::Release);
+        self.set_holder(None);
+    }
+
+    /// Another node has taken the session: nothing more is put in here.
+    pub(super) fn lose(&self, holder: Option<u32>) {
+        self.holder.store(holder.unwrap_or(0), Ordering::Release);
+        self.lost.store(true, Ordering::Release);
+        let mut state = self.state.lock();
+        state.attached = false;
+        self.give_order(&mut state, Order::TakenOver);
+    }
+
+    /// Whether another node has taken the session from the connection.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
     /// Whether the limits of the inbox let another message in.
-    pub(super) fn admit(&self, message: &Message) -> Admission {
+    pub(super) fn admit(&self, message: &Message, counts: bool) -> Admission {
+        if self.holder().is_some() {
+            return Admission::Admitted;
+        }
         let mut state = self.state.lock();
         let full = state.inbox.messages >= self.limits.queue_messages_max
             || state.inbox.bytes + message.len() as u64 > self.limits.queue_bytes_max;
@@ -301,6 +375,9 @@ impl Mailbox {
                     return Admission::Refused;
                 }
             }
+        }
+        if !counts {
+            return Admission::Admitted;
         }
         state.inbox.messages += 1;
         state.inbox.bytes += message.len() as u64;
@@ -370,12 +447,12 @@ impl Mailbox {
         inbox.messages > self.limits.queue_messages_max || inbox.bytes > self.limits.queue_bytes_max
     }
 
-    /// Puts in a message that was added to the flush; called in the order of ids.
+    /// Puts in a message that was added to the flush, as one of the chunk `key`; called in the order
+    /// of ids.
     pub(super) fn push_durable(&self, id: MessageId, key: MessageId, delivery: Delivery) {
         let mut state = self.state.lock();
         let bytes = delivery.message.len();
         if let Some(chunk) = state.inbox.chunks.get_mut(&key) {
-            chunk.last = id;
             chunk.remaining += 1;
             chunk.bytes += bytes as u64;
         }
@@ -383,7 +460,7 @@ impl Mailbox {
             return;
         }
         if !self.fits(&state) {
-            state.spill(self.session);
+            state.spill(self.session, key, self.shared);
             if let Some(consumer) = state.consumer_for_message() {
                 drop(state);
                 consumer.wake();
@@ -392,18 +469,83 @@ impl Mailbox {
         }
         if id == key {
             let chunk = OpenChunk {
-                last: id,
+                held_before: id,
                 remaining: 1,
                 bytes: bytes as u64,
                 settled: Vec::new(),
             };
             state.inbox.chunks.insert(key, chunk);
         }
+        if let Some(chunk) = state.inbox.chunks.get_mut(&key) {
+            chunk.held_before = id.successor();
+        }
         state.live_bytes += bytes;
         state.live.push_back(delivery);
         if let Some(consumer) = state.consumer_for_message() {
             drop(state);
             consumer.wake();
+        }
+    }
+
+    /// Puts in a chunk that is in the store already: one that another node wrote, or that had to wait
+    /// until it was certain.
+    pub(super) fn push_committed(&self, chunk: &Chunk) {
+        let mut state = self.state.lock();
+        let key = chunk.key;
+        if !state.attached || state.inbox.finished.contains(&key) {
+            return;
+        }
+        let held_from = state.mode.held_from();
+        if let Mode::Paged { from, .. } = &mut state.mode
+            && key.hlc < held_from
+        {
+            // It is read when its turn comes. If that is over, its node was not heard of in time.
+            if key < *from {
+                *from = key;
+                state.restart = true;
+            }
+            let consumer = state.consumer_for_message();
+            drop(state);
+            consumer.into_iter().for_each(Waker::wake);
+            return;
+        }
+        if state.inbox.chunks.contains_key(&key) {
+            return;
+        }
+        let bytes: usize = chunk.entries.iter().map(|entry| entry.message.len()).sum();
+        state.inbox.messages += chunk.entries.len() as u64;
+        state.inbox.bytes += bytes as u64;
+        if self.fits(&state) {
+            let last = chunk.entries.last().map_or(key, |entry| entry.id);
+            let open = OpenChunk {
+                held_before: last.successor(),
+                remaining: u32::try_from(chunk.entries.len()).unwrap_or(u32::MAX),
+                bytes: bytes as u64,
+                settled: Vec::new(),
+            };
+            state.inbox.chunks.insert(key, open);
+            state.live_bytes += bytes;
+            let deliveries = chunk
+                .entries
+                .iter()
+                .map(|entry| self.delivery(entry.clone()));
+            state.live.extend(deliveries);
+        } else {
+            state.spill(self.session, key, self.shared);
+        }
+        let consumer = state.consumer_for_message();
+        drop(state);
+        consumer.into_iter().for_each(Waker::wake);
+    }
+
+    /// Something may be in the inbox that memory does not know of: all of it is read again.
+    pub(super) fn doubt(&self) {
+        let mut state = self.state.lock();
+        if state.attached {
+            state.spill(self.session, MessageId::MIN, true);
+            let consumer = state.consumer_for_message();
+            drop(state);
+            consumer.into_iter().for_each(Waker::wake);
         }
     }
 
@@ -420,11 +562,11 @@ impl Mailbox {
 
     /// The client has taken over a message of the inbox.
     pub(super) fn settle(&self, id: MessageId) -> Settled {
-        let mut state = self.state.lock();
+        let state = &mut *self.state.lock();
         let floor = state.mode.held_from();
         let inbox = &mut state.inbox;
         let found = inbox.chunks.range_mut(..=id).next_back();
-        let Some((&key, chunk)) = found.filter(|(_, chunk)| id <= chunk.last) else {
+        let Some((&key, chunk)) = found.filter(|(_, chunk)| id < chunk.held_before) else {
             // Settled before, or not yet read again.
             return Settled {
                 key: id,
@@ -443,6 +585,11 @@ impl Mailbox {
         let chunk_finished = chunk.remaining == 0;
         if chunk_finished {
             inbox.chunks.remove(&key);
+            if let Mode::Paged { from, .. } = state.mode
+                && (key >= from || state.restart)
+            {
+                inbox.finished.insert(key);
+            }
             inbox.head = inbox
                 .first_read(floor)
                 .unwrap_or_else(|| inbox.head.max(key));
@@ -455,23 +602,67 @@ impl Mailbox {
         }
     }
 
-    /// The consumer has a chunk that it read from the inbox; returns which of its messages it is to
-    /// leave out, because they were acknowledged already.
-    pub(crate) fn open_chunk(
-        &self,
-        key: MessageId,
-        last: MessageId,
-        entries: u32,
-        bytes: u64,
-    ) -> Vec<(u64, u16)> {
+    /// Appends to `into` what a page of the inbox has that the consumer has not had yet.
+    pub(crate) fn accept_page(&self, page: Vec<Chunk>, into: &mut VecDeque<Delivery>) {
         let mut state = self.state.lock();
-        let chunk = state.inbox.chunks.entry(key).or_insert_with(|| OpenChunk {
-            last,
-            remaining: entries,
-            bytes,
-            settled: Vec::new(),
-        });
-        chunk.settled.clone()
+        let State {
+            mode,
+            inbox,
+            restart,
+            ..
+        } = &mut *state;
+        let Mode::Paged { from, .. } = mode else {
+            return;
+        };
+        // Read before it was found out that more has to be read.
+        if *restart {
+            return;
+        }
+        for Chunk { key, entries } in page {
+            *from = key.successor();
+            if inbox.finished.remove(&key) {
+                continue;
+            }
+            let chunk = inbox.chunks.entry(key).or_insert_with(|| OpenChunk {
+                held_before: key,
+                remaining: 0,
+                bytes: 0,
+                settled: Vec::new(),
+            });
+            chunk.remaining = 0;
+            chunk.bytes = 0;
+            for entry in entries {
+                if chunk.settled.contains(&(entry.id.hlc, entry.id.index)) {
+                    continue;
+                }
+                chunk.remaining += 1;
+                chunk.bytes += entry.message.len() as u64;
+                if entry.id < chunk.held_before {
+                    continue;
+                }
+                chunk.held_before = entry.id.successor();
+                into.push_back(self.delivery(entry));
+            }
+        }
+        inbox.finished = inbox.finished.split_off(from);
+    }
+
+    fn delivery(&self, entry: Entry) -> Delivery {
+        Delivery {
+            message: entry.message,
+            qos: entry.qos,
+            retain: entry.retain,
+            subscription_identifiers: entry.subscription_identifiers,
+            origin: self.origin(entry.id),
+        }
+    }
+
+    /// Where a message of this mailbox's inbox waits.
+    pub(super) fn origin(&self, id: MessageId) -> Origin {
+        match &self.group {
+            None => Origin::Inbox(id),
+            Some(_) => Origin::Group(self.session, id),
+        }
     }
 
     /// Whether the oldest message that has not been delivered is to be dropped.
@@ -494,18 +685,29 @@ impl Mailbox {
     }
 
     /// Begins to take messages out. `tick` is a clock value between everything that is in the inbox
-    /// and everything that will be.
-    pub(crate) fn attach(&self, tick: u64) {
+    /// and everything that will be; without it, other nodes may still add what comes before.
+    pub(crate) fn attach(&self, tick: Option<u64>) {
         let mut state = self.state.lock();
         state.attached = true;
         state.consumers += 1;
-        state.mode = if state.inbox.messages == 0 {
-            Mode::Live
-        } else {
-            Mode::Paged {
-                live_from: Some(tick),
-            }
+        state.mode = match tick {
+            None if self.is_durable() => Mode::AWAY,
+            Some(_) if state.inbox.messages > 0 => Mode::Paged {
+                from: state.inbox.head,
+                live_from: tick,
+            },
+            _ => Mode::Live,
         };
+        state.restart = false;
+        state.inbox.finished.clear();
+    }
+
+    /// Begins to read the inbox anew. Called while the flush is held: what is done with until now is
+    /// gone from the store once the flush is durable, and what is done with later is remembered.
+    pub(crate) fn begin_reading(&self) {
+        let mut state = self.state.lock();
+        state.restart = false;
+        state.inbox.finished.clear();
     }
 
     /// Ends taking messages out. What was not stored and not taken is returned: it is lost, or goes
@@ -520,7 +722,7 @@ impl Mailbox {
         state.waiting_publishers.drain(..).for_each(Waker::wake);
         if self.is_durable() {
             let floor = state.mode.held_from();
-            state.mode = Mode::Paged { live_from: None };
+            state.mode = Mode::AWAY;
             state.unsettled = true;
             state.inbox.head = state.inbox.first_read(floor).unwrap_or(state.inbox.head);
         }
@@ -545,34 +747,21 @@ impl Mailbox {
             .collect()
     }
 
-    /// Moves up to `room` messages into `into`, or says what to read: from `cursor`, or else from the
-    /// chunk that has the last message taken, `last`.
-    pub(crate) fn take(
-        &self,
-        into: &mut VecDeque<Delivery>,
-        room: usize,
-        cursor: Option<MessageId>,
-        last: MessageId,
-    ) -> Taken {
+    /// Moves up to `room` messages into `into`, or says what to read.
+    pub(crate) fn take(&self, into: &mut VecDeque<Delivery>, room: usize) -> Taken {
         let mut state = self.state.lock();
         match state.mode {
             Mode::Live => {
                 state.move_out(into, room);
                 Taken::Live
             }
-            Mode::Paged { live_from } => {
+            Mode::Paged { .. } if state.restart => Taken::Restart,
+            Mode::Paged { from, live_from } => {
                 if live_from.is_none() {
                     // Only what is not stored; the rest comes from the inbox.
                     state.move_out(into, room);
                 }
-                let from = cursor.unwrap_or_else(|| {
-                    let open = state.inbox.chunks.range(..=last).next_back();
-                    open.map_or_else(|| last.max(state.inbox.head), |(key, _)| *key)
-                });
-                Taken::ReadInbox {
-                    from,
-                    before: live_from,
-                }
+                Taken::ReadInbox { from, live_from }
             }
         }
     }
@@ -580,10 +769,12 @@ impl Mailbox {
     /// Asks that from `tick` on messages are held in memory too, so that the reading can end.
     pub(crate) fn hold_from(&self, tick: u64) {
         let mut state = self.state.lock();
-        if state.mode == (Mode::Paged { live_from: None }) {
-            state.mode = Mode::Paged {
-                live_from: Some(tick),
-            };
+        if let Mode::Paged {
+            live_from: live_from @ None,
+            ..
+        } = &mut state.mode
+        {
+            *live_from = Some(tick);
         }
     }
 
@@ -591,12 +782,15 @@ impl Mailbox {
     /// meanwhile.
     pub(crate) fn caught_up(&self, before: u64) {
         let mut state = self.state.lock();
-        if state.mode
-            == (Mode::Paged {
-                live_from: Some(before),
-            })
+        if let Mode::Paged {
+            live_from: Some(live_from),
+            ..
+        } = state.mode
+            && live_from == before
+            && !state.restart
         {
             state.mode = Mode::Live;
+            state.inbox.finished.clear();
         }
     }
 
@@ -655,11 +849,17 @@ impl Mailbox {
 }
 
 impl Mode {
+    /// Of a mailbox that nobody takes messages out of.
+    const AWAY: Self = Self::Paged {
+        from: MessageId::MIN,
+        live_from: None,
+    };
+
     /// The clock value from which on memory holds all that waits.
     fn held_from(self) -> u64 {
         match self {
             Self::Live => 0,
-            Self::Paged { live_from } => live_from.unwrap_or(u64::MAX),
+            Self::Paged { live_from, .. } => live_from.unwrap_or(u64::MAX),
         }
     }
 }
@@ -701,24 +901,34 @@ impl State {
         self.waiting_publishers.drain(..).for_each(Waker::wake);
     }
 
-    /// Memory is full: what is stored is read from the store again when its turn comes.
-    fn spill(&mut self, session: SessionId) {
-        let first = self
-            .live
-            .iter()
-            .find_map(|delivery| delivery.origin.place_in(session));
-        self.live
-            .retain(|delivery| delivery.origin.place_in(session).is_none());
-        self.live_bytes = self
-            .live
-            .iter()
-            .map(|delivery| delivery.message.len())
-            .sum();
-        self.mode = Mode::Paged { live_from: None };
-        // Chunks of which the consumer has nothing are not in its hands.
-        if let Some(first) = first {
-            self.inbox.chunks.retain(|key, _| *key < first);
-        }
+    /// Memory is full: what is stored, also what is being added to the chunk `adding`, is read from
+    /// the store again when its turn comes.
+    fn spill(&mut self, session: SessionId, adding: MessageId, shared: bool) {
+        // Other nodes may add chunks before those that memory has.
+        let mut first = if shared { MessageId::MIN } else { adding };
+        self.live.retain(|delivery| {
+            let Some(id) = delivery.origin.place_in(session) else {
+                return true;
+            };
+            self.live_bytes -= delivery.message.len();
+            if let Some((&key, chunk)) = self.inbox.chunks.range_mut(..=id).next_back() {
+                first = first.min(key);
+                chunk.held_before = chunk.held_before.min(id);
+                if chunk.held_before == key {
+                    self.inbox.chunks.remove(&key);
+                }
+            }
+            false
+        });
+        let from = match self.mode {
+            Mode::Live => first,
+            Mode::Paged { from, .. } => from.min(first),
+        };
+        self.mode = Mode::Paged {
+            from,
+            live_from: None,
+        };
+        self.restart = true;
     }
 }
 

@@ -10,8 +10,10 @@ pub(crate) mod consumer;
 pub(crate) mod flush;
 pub(crate) mod group;
 pub(crate) mod mailbox;
+mod peers;
 pub(crate) mod retained;
 pub(crate) mod sessions;
+mod shared;
 pub(crate) mod subscriptions;
 pub(crate) mod sys;
 pub(crate) mod trim;
@@ -26,17 +28,19 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::Authorizer;
+use crate::cluster::Cluster;
 use crate::metrics::Totals;
 use crate::mqtt::{Message, QoS, SubscriptionFilter};
-use crate::session::{Delivery, Origin};
 use crate::store::{Change, Retained, SessionId, Store};
 use clients::Clients;
-use consumer::Consumer;
-use flush::{Flusher, Receipt};
+use consumer::{Consumer, Inbox};
+use flush::{Flusher, Matched, Receipt, Unstored};
 use group::Group;
 use mailbox::{Dropped, Mailbox, MailboxLimits};
+use peers::Peers;
 use retained::RetainedMessages;
 use sessions::Deadlines;
+use shared::SharedSessions;
 use subscriptions::{Matches, Subscriptions};
 
 /// What the operator lets this node keep.
@@ -58,6 +62,10 @@ pub(crate) struct Node {
     pub(crate) authorizer: Arc<dyn Authorizer>,
     pub(crate) flusher: Arc<Flusher>,
     store: Arc<dyn Store>,
+    /// Set if the store is shared with other nodes.
+    pub(crate) cluster: Option<Arc<Cluster>>,
+    shared: SharedSessions,
+    peers: Peers,
     pub(crate) clients: Clients,
     pub(crate) subscriptions: Subscriptions,
     pub(crate) retained: RetainedMessages,
@@ -105,14 +113,18 @@ impl Node {
         limits: NodeLimits,
         authorizer: Arc<dyn Authorizer>,
         store: Arc<dyn Store>,
-        last_hlc: u64,
+        flusher: Arc<Flusher>,
+        cluster: Option<Arc<Cluster>>,
     ) -> Self {
         Self {
             name,
             limits,
             authorizer,
-            flusher: Arc::new(Flusher::new(store.clone(), last_hlc)),
+            flusher,
             store,
+            cluster,
+            shared: SharedSessions::default(),
+            peers: Peers::default(),
             clients: Clients::new(),
             subscriptions: Subscriptions::new(),
             retained: RetainedMessages::default(),
@@ -138,17 +150,36 @@ impl Node {
         let matches = self.matches(message.topic(), last_topic);
         let qos = message.qos();
         let mut crowded = None;
-        let mut matched = !matches.groups.is_empty();
+        let mut matched = !matches.groups.is_empty() || !matches.nodes.is_empty();
+        let is_clustered = self.cluster.is_some();
         let stores = with.is_some()
             || message.retain()
-            || (qos > QoS::AtMostOnce && matches.anything_stored());
+            || (qos > QoS::AtMostOnce && (is_clustered || matches.anything_stored()));
+        let guard = with
+            .as_ref()
+            .filter(|_| is_clustered)
+            .and_then(Change::session);
         let mut additions = stores.then(|| self.flusher.add());
         if let Some(additions) = &mut additions {
+            if is_clustered && qos > QoS::AtMostOnce {
+                additions.match_again(Matched {
+                    message: message.clone(),
+                    version: last_topic.version,
+                    guard,
+                });
+            }
             if let Some(change) = with {
                 additions.persist(change);
             }
             if message.retain() {
-                self.retain(message, publisher.client_id, additions);
+                match guard {
+                    // A Will that another node publishes must not replace what came after it.
+                    Some(guard) if publisher.mailbox.is_none() => {
+                        let (message, publisher) = (message.clone(), publisher.client_id.clone());
+                        additions.afterwards(guard, Unstored::Retain { message, publisher });
+                    }
+                    _ => self.retain(message, publisher.client_id, additions),
+                }
             }
         }
         for found in &matches.sessions {
@@ -165,17 +196,16 @@ impl Node {
                 &found.terms
             };
             matched = true;
-            let delivery = Delivery {
-                message: message.clone(),
-                qos: qos.min(terms.maximum_qos),
-                retain: message.retain() && terms.retain_as_published,
-                subscription_identifiers: terms.identifiers.clone(),
-                origin: Origin::Memory,
-            };
+            let delivery = terms.delivery(message);
             match &mut additions {
                 Some(additions) if delivery.qos > QoS::AtMostOnce && found.mailbox.is_durable() => {
-                    additions.enqueue(&found.mailbox, delivery);
+                    additions.enqueue(&found.mailbox, delivery, guard);
                 }
+                Some(additions) if let Some(guard) = guard => {
+                    let mailbox = found.mailbox.clone();
+                    additions.afterwards(guard, Unstored::One { mailbox, delivery });
+                }
+                _ if found.mailbox.holder().is_some() => self.pass(&found.mailbox, delivery),
                 _ => {
                     if found.mailbox.push(delivery) {
                         crowded = Some(&found.mailbox);
@@ -193,6 +223,18 @@ impl Node {
                 }
             }
         }
+        match (&mut additions, guard) {
+            _ if matches.nodes.is_empty() => {}
+            (Some(additions), Some(guard)) => {
+                let unstored = Unstored::Nodes {
+                    message: message.clone(),
+                    publisher: publisher.client_id.clone(),
+                    nodes: matches.nodes.clone(),
+                };
+                additions.afterwards(guard, unstored);
+            }
+            _ => self.pass_to_nodes(message, publisher.client_id, &matches.nodes),
+        }
         Published {
             receipt: additions.map_or(Receipt::NOTHING, |additions| additions.receipt()),
             matched,
@@ -208,7 +250,7 @@ impl Node {
         {
             return matches.clone();
         }
-        let matches = self.subscriptions.matches(topic);
+        let (matches, version) = self.subscriptions.matches(topic);
         last.topic.clear();
         last.topic.push_str(topic);
         last.version = version;
@@ -217,7 +259,7 @@ impl Node {
     }
 
     /// Replaces or clears the retained message of a topic, [MQTT-3.3.1-5], [MQTT-3.3.1-6].
-    fn retain(
+    pub(super) fn retain(
         &self,
         message: &Message,
         publisher: &Arc<str>,
@@ -227,13 +269,24 @@ impl Node {
             message: message.clone(),
             publisher: publisher.clone(),
         };
-        if message.payload().is_empty() {
+        if self.cluster.is_some() {
+            let at = additions.next_id();
+            let topic = message.topic();
+            additions.persist(if message.payload().is_empty() {
+                let topic = topic.into();
+                Change::ClearRetained { topic, at }
+            } else {
+                Change::Retain { retained, at }
+            });
+        } else if message.payload().is_empty() {
             if self.retained.set(retained) {
-                additions.persist(Change::ClearRetained(message.topic().into()));
+                let (topic, at) = (message.topic().into(), additions.next_id());
+                additions.persist(Change::ClearRetained { topic, at });
             }
         } else {
             self.retained.set(retained.clone());
-            additions.persist(Change::Retain(retained));
+            let at = additions.next_id();
+            additions.persist(Change::Retain { retained, at });
         }
     }
 
@@ -245,8 +298,9 @@ impl Node {
     }
 
     /// Begins to take messages out of a mailbox.
-    pub(crate) fn attach(&self, mailbox: &Arc<Mailbox>) -> Consumer {
-        Consumer::attach(mailbox.clone(), self.flusher.clone(), self.store.clone())
+    pub(crate) fn attach(&self, mailbox: &Arc<Mailbox>, inbox: Inbox) -> Consumer {
+        let (flusher, store) = (self.flusher.clone(), self.store.clone());
+        Consumer::attach(mailbox.clone(), flusher, store, self.cluster.clone(), inbox)
     }
 
     /// Ends the background tasks.

@@ -1,4 +1,5 @@
-//! The last retained message of each topic.
+//! The last retained message of each topic: in memory, or in the store if that is shared with other
+//! nodes. Of those, memory has this node's own below `$SYS`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,6 +11,7 @@ use parking_lot::RwLock;
 
 use crate::mqtt::topic::TopicFilter;
 use crate::store::Retained;
+use crate::store::mongodb::RetainedRange;
 
 /// All retained messages, by topic.
 #[derive(Default)]
@@ -25,6 +27,8 @@ pub(crate) struct RetainedWalk {
     filter: TopicFilter,
     /// The last topic that was looked at.
     after: Option<Arc<str>>,
+    /// Whether there is more to be read from the store.
+    goes_on_in_store: bool,
 }
 
 fn counts(topic: &str) -> bool {
@@ -84,8 +88,10 @@ impl RetainedMessages {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn walk(&self, filter: TopicFilter) -> RetainedWalk {
+    /// `in_store` says that other nodes may have more, which are read from the store.
+    pub(crate) fn walk(&self, filter: TopicFilter, in_store: bool) -> RetainedWalk {
         RetainedWalk {
+            goes_on_in_store: in_store,
             filter,
             after: None,
         }
@@ -127,19 +133,11 @@ impl RetainedWalk {
     ) -> bool {
         let by_topic = messages.by_topic.read();
         let filter = self.filter.as_str();
+        let prefix = self.prefix();
         if !self.filter.has_wildcard() {
             into.extend(by_topic.get(filter).cloned());
             return false;
         }
-        // Everything that matches begins with what stands before the first wildcard. The level
-        // above `/#` matches too and is shorter by the slash.
-        let wildcard = filter.find(['+', '#']).unwrap_or(filter.len());
-        let literal = &filter[..wildcard];
-        let prefix = if filter[wildcard..].starts_with('#') {
-            literal.strip_suffix('/').unwrap_or(literal)
-        } else {
-            literal
-        };
         let start = match &self.after {
             Some(after) => Bound::Excluded(&**after),
             None => Bound::Included(prefix),
@@ -164,6 +162,49 @@ impl RetainedWalk {
             }
         }
         false
+    }
+}
+
+impl RetainedWalk {
+    /// Everything that matches begins with what stands before the first wildcard. The level above
+    /// `/#` matches too and is shorter by the slash.
+    fn prefix(&self) -> &str {
+        let filter = self.filter.as_str();
+        let wildcard = filter.find(['+', '#']).unwrap_or(filter.len());
+        let literal = &filter[..wildcard];
+        if filter[wildcard..].starts_with('#') {
+            literal.strip_suffix('/').unwrap_or(literal)
+        } else {
+            literal
+        }
+    }
+
+    /// What of the store is to be read next, up to `at_most` messages.
+    pub(crate) fn next_in_store(&mut self, at_most: usize) -> Option<RetainedRange> {
+        if !std::mem::take(&mut self.goes_on_in_store) {
+            return None;
+        }
+        Some(if self.filter.has_wildcard() {
+            RetainedRange::Prefix {
+                prefix: self.prefix().into(),
+                after: self.after.take(),
+                at_most: u32::try_from(at_most).unwrap_or(u32::MAX),
+            }
+        } else {
+            RetainedRange::Topic(self.filter.as_str().into())
+        })
+    }
+
+    /// Takes what was read.
+    pub(crate) fn take_read(&mut self, read: Vec<Retained>, into: &mut Vec<Retained>) {
+        if let Some(last) = read.last()
+            && self.filter.has_wildcard()
+        {
+            self.after = Some(last.message.topic().into());
+            self.goes_on_in_store = true;
+        }
+        let matching = |retained: &Retained| self.filter.matches(retained.message.topic());
+        into.extend(read.into_iter().filter(matching));
     }
 }
 

@@ -8,19 +8,19 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::Node;
-use super::clients::{Claim, Detached, SessionSubscriptions, Superseded};
-use super::consumer::Consumer;
+use super::clients::{Detached, SessionSubscriptions, Superseded};
+use super::consumer::{Consumer, Inbox};
 use super::flush::{Receipt, unix_ms};
 use super::group::{Group, Membership};
-use super::mailbox::Mailbox;
+use super::mailbox::{InboxKind, Mailbox};
 use super::retained::RetainedWalk;
 use crate::mqtt::topic::{RetainHandling, SubscribeOptions};
 use crate::mqtt::{ProtocolVersion, SubscriptionFilter};
 use crate::session::connect::Terms;
 use crate::session::{Exchanges, Origin, outbound::InFlight};
 use crate::store::{
-    Change, Chunk, InboxRange, InboxSummary, MessageId, Owner, SessionId, SessionRecord, Stored,
-    StoredSession,
+    Change, Chunk, InboxRange, InboxSummary, MessageId, Owner, SessionId, SessionRecord,
+    StoreError, Stored, StoredSession,
 };
 
 /// How long after a start a client that was connected before may come back before its Will is
@@ -37,6 +37,8 @@ pub(crate) struct Connected {
     pub(crate) mailbox: Arc<Mailbox>,
     pub(crate) subscriptions: SessionSubscriptions,
     pub(crate) record: SessionRecord,
+    /// Later connections of the same client have a greater one, at whatever node.
+    pub(super) epoch: u64,
     /// QoS 1 and 2 messages that may be in flight to the client.
     pub(crate) window: u16,
 }
@@ -50,6 +52,34 @@ pub(crate) struct Opened {
     pub(crate) session_present: bool,
     /// CONNACK may be sent once this is durable.
     pub(crate) receipt: Receipt,
+}
+
+/// A connection did not get the session of its client.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotOpened {
+    #[error("another connection with the same client id came")]
+    Superseded,
+    #[error("{0}")]
+    Store(#[from] StoreError),
+}
+
+impl From<Superseded> for NotOpened {
+    fn from(_: Superseded) -> Self {
+        Self::Superseded
+    }
+}
+
+/// A session that a connection has taken.
+pub(super) struct Taken {
+    pub(super) mailbox: Arc<Mailbox>,
+    /// What there is to go on with; without it the session is new.
+    pub(super) resumed: Option<Box<Detached>>,
+    pub(super) epoch: u64,
+    /// Whether the store knows that it is taken.
+    pub(super) is_saved: bool,
+    /// Of what has to be durable before the client is answered.
+    pub(super) receipt: Receipt,
+    pub(super) inbox: Inbox,
 }
 
 /// What becomes of a Will as the connection ends.
@@ -118,7 +148,7 @@ impl Node {
     /// Gives a connection the session of its client: the one that is there, or a new one.
     ///
     /// The future must be run to its end.
-    pub(crate) async fn connect(&self, terms: &Terms) -> Result<Opened, Superseded> {
+    pub(crate) async fn connect(&self, terms: &Terms) -> Result<Opened, NotOpened> {
         let durable = terms.expiry_interval > 0;
         let resumes = |detached: &Detached| {
             let expired = detached.record.ends_at.is_some_and(|at| at <= unix_ms());
@@ -126,15 +156,29 @@ impl Node {
             !terms.clean_start && !expired && detached.mailbox.is_durable()
         };
         let create = || self.new_mailbox(terms.client_id.clone(), durable);
-        let Claim {
+        let claim = self.clients.claim(&terms.client_id, resumes, create);
+        let claim = claim.await?;
+        let Taken {
             mailbox,
             resumed,
-            ended,
-        } = self
-            .clients
-            .claim(&terms.client_id, resumes, create)
-            .await?;
-        let ended = ended.map_or(Receipt::NOTHING, |ended| self.end_session(*ended));
+            epoch,
+            is_saved,
+            receipt,
+            inbox,
+        } = match &self.cluster {
+            Some(cluster) => Box::pin(self.take_shared(cluster, terms, claim)).await?,
+            None => Taken {
+                mailbox: claim.mailbox,
+                resumed: claim.resumed,
+                epoch: 0,
+                is_saved: false,
+                receipt: match claim.ended {
+                    Some(ended) => self.end_session(*ended),
+                    None => Receipt::NOTHING,
+                },
+                inbox: Inbox::Known,
+            },
+        };
         let session_present = resumed.is_some();
         let (subscriptions, mut exchanges) = match resumed {
             Some(detached) => {
@@ -152,12 +196,13 @@ impl Node {
             expiry_interval: terms.expiry_interval,
             ends_at: None,
             will: terms.will.clone(),
+            clock: 0,
         };
-        let receipt = if mailbox.is_durable() || record.will.is_some() {
+        let receipt = if !is_saved && (mailbox.is_durable() || record.will.is_some()) {
             self.flusher
                 .persist(Change::SaveSession(Box::new(record.clone())))
         } else {
-            ended
+            receipt
         };
         for (group, id, _) in exchanges.outbound.bound_to_groups() {
             let is_member = |group: Arc<Group>| subscriptions.contains_key(group.filter());
@@ -175,9 +220,10 @@ impl Node {
             mailbox,
             subscriptions,
             record,
+            epoch,
             window: terms.send_maximum,
         };
-        let consumer = self.attach(&connected.mailbox);
+        let consumer = self.attach(&connected.mailbox, inbox);
         for group in self.groups_of(&connected.subscriptions) {
             group.come_online(&terms.client_id, &connected.mailbox, connected.window, self);
         }
@@ -198,10 +244,14 @@ impl Node {
         mut exchanges: Exchanges,
         will: WillFate,
     ) {
+        if connected.mailbox.is_lost() {
+            return self.hand_over(connected, consumer, exchanges).await;
+        }
         let Connected {
             mailbox,
             subscriptions,
             mut record,
+            epoch,
             ..
         } = connected;
         let client_id = mailbox.client_id.clone();
@@ -222,6 +272,7 @@ impl Node {
         // The millisecond has begun already: rounded up, so that nothing is due before its time.
         let now = unix_ms() + 1;
         record.connected = false;
+        record.clock = self.flusher.add().tick();
         let lasts = mailbox.is_durable() && record.expiry_interval > 0;
         record.ends_at =
             (record.expiry_interval != u32::MAX).then(|| now + seconds(record.expiry_interval));
@@ -243,11 +294,18 @@ impl Node {
                 }
             }
         }
+        if mailbox.is_lost() {
+            self.clients.release(&client_id, None);
+            self.say_taken(&client_id, exchanges.outbound.at_least_once());
+            return;
+        }
+        self.withdraw(&mailbox, epoch);
         let detached = Box::new(Detached {
             mailbox,
             subscriptions,
             exchanges,
             record,
+            epoch,
         });
         if will == WillFate::Keep {
             if detached.record.will.is_some() || lasts {
@@ -259,7 +317,15 @@ impl Node {
             let mut detached = detached;
             self.save_detached(&mut detached, now);
             self.deadlines.add_record(&client_id, &detached.record);
+            let mailbox = detached.mailbox.clone();
             self.clients.release(&client_id, Some(detached));
+            if mailbox.is_lost() {
+                // Just now: nobody has seen that the connection was over.
+                let taken = |detached: &mut Detached| Arc::ptr_eq(&detached.mailbox, &mailbox);
+                if let Some(detached) = self.clients.with_detached(&client_id, taken) {
+                    self.say_taken(&client_id, detached.exchanges.outbound.at_least_once());
+                }
+            }
         } else {
             self.end_session(*detached);
             self.clients.release(&client_id, None);
@@ -290,6 +356,10 @@ impl Node {
         let mailbox = &detached.mailbox;
         let finished = detached.exchanges.outbound.bound_to_groups();
         for (filter, _) in std::mem::take(&mut detached.subscriptions) {
+            if self.cluster.is_some() && mailbox.is_durable() {
+                // Once it is certain that the session is over, all of them go.
+                continue;
+            }
             if filter.share.is_some() {
                 if let Some(group) = self.group(&filter) {
                     for (session, id, received) in &finished {
@@ -301,6 +371,9 @@ impl Node {
                 self.leave_group(&filter, &mailbox.client_id);
             } else {
                 self.subscriptions.unsubscribe(&filter.filter, mailbox);
+                if !mailbox.is_durable() {
+                    self.want(&filter, false);
+                }
             }
         }
         let end = Change::EndSession(mailbox.session);
@@ -332,12 +405,17 @@ impl Node {
         } else {
             self.subscriptions
                 .subscribe(&filter.filter, mailbox, options, identifier);
+            let terms = Some((options, identifier));
+            self.note_subscription(connected, filter, terms, known.is_none());
             let send = match options.retain_handling {
                 RetainHandling::SendAtSubscribe => true,
                 RetainHandling::SendIfNew => known.is_none(),
                 RetainHandling::DoNotSend => false,
             };
-            retained = send.then(|| self.retained.walk(filter.filter.clone()));
+            retained = send.then(|| {
+                let in_store = self.cluster.is_some();
+                self.retained.walk(filter.filter.clone(), in_store)
+            });
         }
         let mut receipt = Receipt::NOTHING;
         if mailbox.is_durable() && known != Some((options, identifier)) {
@@ -365,6 +443,7 @@ impl Node {
             self.leave_group(filter, &mailbox.client_id);
         } else {
             self.subscriptions.unsubscribe(&filter.filter, mailbox);
+            self.note_subscription(connected, filter, None, true);
         }
         let change = Change::Unsubscribe {
             session: mailbox.session,
@@ -521,7 +600,7 @@ impl Node {
         )
     }
 
-    fn mailbox(
+    pub(super) fn mailbox(
         &self,
         session: SessionId,
         client_id: Arc<str>,
@@ -529,15 +608,15 @@ impl Node {
         durable: bool,
         stored: InboxSummary,
     ) -> Arc<Mailbox> {
+        let inbox = match (durable, &self.cluster) {
+            (false, _) => InboxKind::None,
+            (true, None) => InboxKind::Own(stored),
+            (true, Some(_)) => InboxKind::Shared,
+        };
         let dropped = self.dropped.clone();
+        let limits = self.limits.mailbox;
         Arc::new(Mailbox::new(
-            session,
-            client_id,
-            group,
-            durable,
-            stored,
-            self.limits.mailbox,
-            dropped,
+            session, client_id, group, inbox, limits, dropped,
         ))
     }
 
@@ -605,15 +684,7 @@ impl Node {
         let now = unix_ms();
         let durable = record.expiry_interval > 0;
         let mailbox = self.mailbox(record.session, client_id.clone(), None, durable, inbox);
-        if record.connected {
-            // The connection ended with the process that had it.
-            record.connected = false;
-            record.ends_at =
-                (record.expiry_interval != u32::MAX).then(|| now + seconds(record.expiry_interval));
-            if let Some(will) = &mut record.will {
-                let delay = WILL_GRACE.max(Duration::from_secs(will.delay_interval.into()));
-                will.due_at = Some(now + delay.as_millis() as u64);
-            }
+        if end_connection(&mut record, now) {
             self.flusher
                 .persist(Change::SaveSession(Box::new(record.clone())));
         }
@@ -621,10 +692,7 @@ impl Node {
             // Nobody could come back while the broker was down.
             *due_at = (*due_at).max(now + WILL_GRACE.as_millis() as u64);
         }
-        if let (Some(will), false) = (&record.will, durable) {
-            // A session that ended with its connection waits for its Will only.
-            record.ends_at = will.due_at;
-        }
+        wait_for_will(&mut record);
         let mut all = SessionSubscriptions::new();
         for subscription in subscriptions {
             let (options, identifier) = (subscription.options, subscription.identifier);
@@ -663,7 +731,7 @@ impl Node {
         self.deadlines.add_record(&client_id, &record);
         let exchanges = Exchanges {
             inbound: awaiting_release.into_iter().collect(),
-            outbound: InFlight::restore(record.session, &exchanges),
+            outbound: InFlight::restore(record.session, &exchanges, &[]),
         };
         mailbox.set_begun(exchanges.outbound.last_in(mailbox.session));
         let detached = Detached {
@@ -671,6 +739,7 @@ impl Node {
             subscriptions: all,
             exchanges,
             record,
+            epoch: 0,
         };
         self.clients.restore(&client_id, Box::new(detached));
     }
@@ -706,8 +775,31 @@ impl Node {
         for topic in self.retained.expired(now) {
             let mut additions = self.flusher.add();
             if self.retained.remove_expired(&topic, now) {
-                additions.persist(Change::ClearRetained(topic));
+                let at = additions.next_id();
+                additions.persist(Change::ClearRetained { topic, at });
             }
+        }
+    }
+
+    /// Does what is due for a session whose node has not done it in time.
+    pub(crate) fn look_after_adopted(&self, session: StoredSession) {
+        let Owner::Client(client_id) = session.record.owner.clone() else {
+            return;
+        };
+        let id = session.record.session;
+        let mailbox = self
+            .shared
+            .mailbox_or(id, || self.shared_mailbox(id, client_id.clone()));
+        let mut detached = self.detached(session, &mailbox, 0, &[]);
+        // By the clock of the store, which may be ahead of this one's.
+        let due = detached.record.will.as_ref().and_then(|will| will.due_at);
+        let now = [Some(unix_ms()), due].into_iter().flatten().max();
+        let now = now.unwrap_or_default();
+        if detached.record.ends_at.is_some_and(|at| at <= now) {
+            tracing::info!(event = "session_expired", %client_id);
+            self.end_session(detached);
+        } else {
+            self.save_detached(&mut detached, now);
         }
     }
 
@@ -736,6 +828,29 @@ impl Node {
     }
 }
 
+/// Ends the connection, if there was one, of a session whose process has ended; returns whether
+/// there was. `now` is when that is noticed.
+pub(crate) fn end_connection(record: &mut SessionRecord, now: u64) -> bool {
+    if !std::mem::take(&mut record.connected) {
+        return false;
+    }
+    record.ends_at =
+        (record.expiry_interval != u32::MAX).then(|| now + seconds(record.expiry_interval));
+    if let Some(will) = &mut record.will {
+        let delay = WILL_GRACE.max(Duration::from_secs(will.delay_interval.into()));
+        will.due_at = Some(now + delay.as_millis() as u64);
+    }
+    true
+}
+
+/// Lets a session that ended with its connection last until its Will is due, which is all that it
+/// is kept for.
+pub(crate) fn wait_for_will(record: &mut SessionRecord) {
+    if let (Some(will), 0) = (&record.will, record.expiry_interval) {
+        record.ends_at = will.due_at;
+    }
+}
+
 fn seconds(seconds: u32) -> u64 {
     u64::from(seconds) * 1000
 }
@@ -749,10 +864,11 @@ fn group_record(filter: &SubscriptionFilter, session: SessionId) -> SessionRecor
         expiry_interval: u32::MAX,
         ends_at: None,
         will: None,
+        clock: 0,
     }
 }
 
-fn random_session_id() -> SessionId {
+pub(super) fn random_session_id() -> SessionId {
     let mut id = [0; 12];
     aws_lc_rs::rand::fill(&mut id).expect("the system has random numbers");
     SessionId(id)

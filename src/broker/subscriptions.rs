@@ -12,9 +12,10 @@ use parking_lot::{Mutex, RwLock};
 
 use super::group::Group;
 use super::mailbox::Mailbox;
-use crate::mqtt::QoS;
 use crate::mqtt::topic::{SubscribeOptions, TopicFilter};
 use crate::mqtt::topic_tree::TopicTree;
+use crate::mqtt::{Message, QoS};
+use crate::session::{Delivery, Origin};
 
 /// All subscriptions of this node.
 pub(crate) struct Subscriptions {
@@ -47,11 +48,17 @@ enum Target {
         identifier: Option<u32>,
     },
     Group(Arc<Group>),
+    /// Another node, where sessions that end with their connections want it.
+    Node(u32),
 }
 
 impl Target {
     fn is_session(&self, mailbox: &Arc<Mailbox>) -> bool {
         matches!(self, Self::Session { mailbox: own, .. } if Arc::ptr_eq(own, mailbox))
+    }
+
+    fn is_node(&self, node: u32) -> bool {
+        matches!(self, Self::Node(own) if *own == node)
     }
 
     fn is_group(&self, group: &Arc<Group>) -> bool {
@@ -64,6 +71,8 @@ impl Target {
 pub(crate) struct Matches {
     pub(crate) sessions: Vec<Match>,
     pub(crate) groups: Vec<Arc<Group>>,
+    /// Other nodes, each once.
+    pub(crate) nodes: Vec<u32>,
 }
 
 impl Matches {
@@ -94,6 +103,17 @@ pub(crate) struct MatchTerms {
 }
 
 impl MatchTerms {
+    /// A message as these terms want it.
+    pub(super) fn delivery(&self, message: &Message) -> Delivery {
+        Delivery {
+            message: message.clone(),
+            qos: message.qos().min(self.maximum_qos),
+            retain: message.retain() && self.retain_as_published,
+            subscription_identifiers: self.identifiers.clone(),
+            origin: Origin::Memory,
+        }
+    }
+
     fn merge(&mut self, options: &SubscribeOptions, identifier: Option<u32>) {
         self.maximum_qos = self.maximum_qos.max(options.maximum_qos);
         self.retain_as_published |= options.retain_as_published;
@@ -119,14 +139,14 @@ impl Subscriptions {
         }
     }
 
-    /// Adds or replaces the session's subscription to `filter`; returns whether it is new.
+    /// Adds or replaces the session's subscription to `filter`; returns the version that has it.
     pub(crate) fn subscribe(
         &self,
         filter: &TopicFilter,
         mailbox: &Arc<Mailbox>,
         options: SubscribeOptions,
         identifier: Option<u32>,
-    ) -> bool {
+    ) -> u64 {
         let target = Target::Session {
             mailbox: mailbox.clone(),
             options,
@@ -156,13 +176,26 @@ impl Subscriptions {
         });
     }
 
-    fn change(&self, change: impl FnOnce(&mut TopicTree<Target>) -> bool) -> bool {
+    /// Another node wants what matches `filter`.
+    pub(super) fn add_node(&self, filter: &TopicFilter, node: u32) {
+        self.change(|tree| {
+            tree.insert(filter.as_str(), Target::Node(node), |known| {
+                known.is_node(node)
+            })
+        });
+    }
+
+    pub(super) fn remove_node(&self, filter: &TopicFilter, node: u32) {
+        self.change(|tree| tree.remove(filter.as_str(), |target| target.is_node(node)));
+    }
+
+    /// Returns the version that has the change.
+    fn change(&self, change: impl FnOnce(&mut TopicTree<Target>) -> bool) -> u64 {
         let mut tree = self.tree.write();
-        let changed = change(&mut tree);
+        change(&mut tree);
         self.count.store(tree.len() as u64, Ordering::Relaxed);
         // While the tree is locked: whoever sees the new tree sees the new version.
-        self.version.fetch_add(1, Ordering::Release);
-        changed
+        self.version.fetch_add(1, Ordering::Release) + 1
     }
 
     pub(crate) fn count(&self) -> u64 {
@@ -174,8 +207,8 @@ impl Subscriptions {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Who gets a message to `topic`.
-    pub(crate) fn matches(&self, topic: &str) -> Arc<Matches> {
+    /// Who gets a message to `topic`, as of the version of the subscriptions that is returned.
+    pub(crate) fn matches(&self, topic: &str) -> (Arc<Matches>, u64) {
         let version = self.version();
         let shard = &self.remembered[self.hasher.hash_one(topic) as usize % REMEMBERED_SHARDS];
         {
@@ -183,12 +216,13 @@ impl Subscriptions {
             if shard.version == version
                 && let Some(matches) = shard.topics.get(topic)
             {
-                return matches.clone();
+                return (matches.clone(), version);
             }
         }
-        let matches = Arc::new(self.find(topic));
+        let (matches, version) = self.find(topic);
+        let matches = Arc::new(matches);
         let mut shard = shard.lock();
-        let size = 1 + matches.sessions.len() + matches.groups.len();
+        let size = 1 + matches.sessions.len() + matches.groups.len() + matches.nodes.len();
         if shard.version < version || shard.size + size > REMEMBERED_MAX {
             shard.topics.clear();
             shard.size = 0;
@@ -198,40 +232,41 @@ impl Subscriptions {
             shard.size += size;
             shard.topics.insert(topic.into(), matches.clone());
         }
-        matches
+        (matches, version)
     }
 
-    fn find(&self, topic: &str) -> Matches {
+    fn find(&self, topic: &str) -> (Matches, u64) {
         let mut found = Matches::default();
         let mut places: HashMap<*const Mailbox, usize> = HashMap::new();
-        self.tree
-            .read()
-            .visit_matches(topic, |target| match target {
-                Target::Group(group) => found.groups.push(group.clone()),
-                Target::Session {
-                    mailbox,
-                    options,
-                    identifier,
-                } => {
-                    let place = *places.entry(Arc::as_ptr(mailbox)).or_insert_with(|| {
-                        found.sessions.push(Match {
-                            mailbox: mailbox.clone(),
-                            terms: MatchTerms::default(),
-                            own_terms: None,
-                        });
-                        found.sessions.len() - 1
+        let tree = self.tree.read();
+        tree.visit_matches(topic, |target| match target {
+            Target::Group(group) => found.groups.push(group.clone()),
+            Target::Node(node) if found.nodes.contains(node) => {}
+            Target::Node(node) => found.nodes.push(*node),
+            Target::Session {
+                mailbox,
+                options,
+                identifier,
+            } => {
+                let place = *places.entry(Arc::as_ptr(mailbox)).or_insert_with(|| {
+                    found.sessions.push(Match {
+                        mailbox: mailbox.clone(),
+                        terms: MatchTerms::default(),
+                        own_terms: None,
                     });
-                    let session = &mut found.sessions[place];
-                    session.terms.merge(options, *identifier);
-                    if !options.no_local {
-                        session
-                            .own_terms
-                            .get_or_insert_default()
-                            .merge(options, *identifier);
-                    }
+                    found.sessions.len() - 1
+                });
+                let session = &mut found.sessions[place];
+                session.terms.merge(options, *identifier);
+                if !options.no_local {
+                    session
+                        .own_terms
+                        .get_or_insert_default()
+                        .merge(options, *identifier);
                 }
-            });
-        found
+            }
+        });
+        (found, self.version())
     }
 }
 

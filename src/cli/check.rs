@@ -29,6 +29,11 @@ pub(super) fn check_files(loaded: &Loaded) -> Result<(), ConfigError> {
     {
         problems.extend(in_file);
     }
+    if loaded.config.store.uri_file.is_some()
+        && let Err(ConfigError(in_file)) = loaded.config.store.mongodb_uri()
+    {
+        problems.extend(in_file);
+    }
     for (name, listener) in &loaded.config.listeners {
         if let Some(tls) = &listener.tls {
             check_tls(loaded, &format!("listeners.{name}.tls"), tls, &mut problems);

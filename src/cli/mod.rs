@@ -7,6 +7,7 @@ mod check;
 mod client;
 mod publish;
 mod serve;
+mod store;
 mod subscribe;
 mod user;
 
@@ -19,6 +20,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::auth::edit::EditError;
 use crate::auth::password::HashingFailed;
 use crate::config::{ConfigError, Sources};
+use crate::copy::CopyError;
 use crate::server::StartError;
 
 /// An MQTT broker that loses nothing it acknowledged.
@@ -44,6 +46,9 @@ enum Command {
     /// Add, remove and list the users of a users file
     #[command(subcommand)]
     User(user::Command),
+    /// Copy the store of a single node into MongoDB
+    #[command(subcommand)]
+    Store(store::Command),
     /// Publish messages, as mosquitto_pub does
     Pub(publish::Arguments),
     /// Subscribe and show what comes, as mosquitto_sub does
@@ -87,6 +92,13 @@ enum CliError {
     Hashing(#[from] HashingFailed),
     #[error(transparent)]
     Password(#[from] user::NoPassword),
+    #[error(transparent)]
+    Copy(Box<CopyError>),
+    #[error(
+        "the copy is not the same in {0} places; no midge will start on it: find out why, and run \
+         the copy again"
+    )]
+    CopyDiffers(u64),
     #[error("cannot start the runtime: {0}")]
     Runtime(io::Error),
     #[error("cannot write the output: {0}")]
@@ -99,6 +111,12 @@ impl From<StartError> for CliError {
     }
 }
 
+impl From<CopyError> for CliError {
+    fn from(error: CopyError) -> Self {
+        Self::Copy(Box::new(error))
+    }
+}
+
 /// Runs the command of this process. Exit codes: 0 done, 1 failed, 2 wrong use.
 pub fn main() -> ExitCode {
     // Ends the process itself on `--help` (0) and wrong use (2).
@@ -107,6 +125,7 @@ pub fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Check(arguments) => check::run(arguments),
         Command::User(command) => user::run(command),
+        Command::Store(command) => store::run(command),
         // The flags of these two, and their exit codes, are those of mosquitto's programs.
         Command::Pub(arguments) => return publish::run(arguments),
         Command::Sub(arguments) => return subscribe::run(arguments),

@@ -17,7 +17,8 @@ use super::nearest::nearest;
 use super::problem::{Origin, Problem, SourceFile};
 use super::value::{Section, Value};
 use super::{
-    Auth, ByteSize, Config, ConfigError, Limits, Listener, Log, Node, Session, Store, Sys,
+    Auth, ByteSize, Config, ConfigError, Limits, Listener, Log, Node, Session, Store, StoreKind,
+    Sys,
 };
 use crate::mqtt::topic::validate_topic_name;
 
@@ -82,8 +83,8 @@ impl Loaded {
         Err(ConfigError(problems))
     }
 
-    /// All that is in effect, as a file that would set the same; what is not a default says where
-    /// it comes from.
+    /// All that is in effect, as a file that would set the same, passwords apart; what is not a
+    /// default says where it comes from.
     pub fn to_toml(&self) -> String {
         self.draft.to_toml()
     }
@@ -414,6 +415,7 @@ impl Draft {
         }
         self.check_addresses(&listeners, problems);
         self.check_access(&listeners, problems);
+        self.check_store(problems);
         self.check_ranges(problems);
         Some(Config {
             node: self.node.clone(),
@@ -495,12 +497,55 @@ impl Draft {
         }
     }
 
+    fn check_store(&self, problems: &mut Vec<Problem>) {
+        let Store {
+            kind,
+            uri,
+            uri_file,
+            ..
+        } = &self.store;
+        let mut report = |key: &str, what: &str, hint: &str| {
+            problems.push(Problem::new(self.origin(key), what).with_hint(hint));
+        };
+        let given = [
+            ("store.uri", uri.is_some()),
+            ("store.uri_file", uri_file.is_some()),
+        ];
+        let mut given = given
+            .into_iter()
+            .filter_map(|(key, is_given)| is_given.then_some(key));
+        match (kind, given.next(), given.next()) {
+            (StoreKind::MongoDb, None, _) => report(
+                "store.kind",
+                "store.kind = \"mongodb\", but nothing says where MongoDB is",
+                "set store.uri, such as \"mongodb://db1,db2,db3/?replicaSet=rs0\", \
+                 or store.uri_file to a file that holds it",
+            ),
+            (StoreKind::MongoDb, Some(_), Some(_)) => report(
+                "store.uri_file",
+                "store.uri and store.uri_file are both set",
+                "take one of them out",
+            ),
+            (StoreKind::Embedded | StoreKind::Memory, Some(key), _) => report(
+                key,
+                &format!(
+                    "{key} has no effect with store.kind = \"{}\"",
+                    kind.as_str()
+                ),
+                "set store.kind = \"mongodb\", or take it out",
+            ),
+            (StoreKind::MongoDb, Some(_), None)
+            | (StoreKind::Embedded | StoreKind::Memory, None, _) => {}
+        }
+    }
+
     fn check_ranges(&self, problems: &mut Vec<Problem>) {
         let Self {
             limits,
             session,
             log,
             node,
+            store,
             ..
         } = self;
         let mut check = |key: &str, fits: bool, should: &str| {
@@ -525,6 +570,16 @@ impl Draft {
             name_fits,
             "at most 255 bytes, without `/`, `+` and `#`",
         );
+        let database_fits = store.database.len() <= 63
+            && !store
+                .database
+                .contains(|c: char| c.is_control() || "/\\. \"$".contains(c))
+            && !["admin", "config", "local"].contains(&store.database.as_str());
+        check(
+            "store.database",
+            database_fits,
+            "at most 63 bytes, without space, `/`, `\\`, `.`, `\"` and `$`, and none of MongoDB's own",
+        );
         let prefix = session.response_prefix.as_deref();
         check(
             "session.response_prefix",
@@ -542,6 +597,13 @@ impl Draft {
             "limits.packet_bytes_max",
             packet_fits,
             "from 128 to 268435455 bytes",
+        );
+        // A document of MongoDB has 16 MiB, and holds a message with what belongs to it.
+        let document_fits = within(limits.packet_bytes_max, 0..=15 * 1024 * 1024);
+        check(
+            "limits.packet_bytes_max",
+            self.store.kind != StoreKind::MongoDb || document_fits,
+            "at most 15 MiB with store.kind = \"mongodb\"",
         );
         // [MQTT-3.1.3-5] asks for 23.
         let client_id_fits = within(limits.client_id_bytes_max, 23..=65_535);
@@ -625,7 +687,7 @@ fn is_listener_name(name: &str) -> bool {
 mod tests {
     use std::path::Path;
 
-    use super::super::{ClientAuth, QueueFull, StoreKind, Transport};
+    use super::super::{ClientAuth, QueueFull, Transport};
     use super::*;
 
     fn file(text: &str) -> (tempfile::TempDir, Sources) {
@@ -697,9 +759,11 @@ mod tests {
                 assert!(example.contains(&format!("{key} = ")), "{section}.{key}");
             }
         }
-        // What is commented out must be right as well.
+        // What is commented out must be right as well, of the URIs the first one.
         let all: String = example
+            .replace("kind = \"embedded\"", "kind = \"mongodb\"")
             .lines()
+            .filter(|line| !line.starts_with("# uri_file"))
             .map(|line| {
                 line.strip_prefix("# ")
                     .filter(|line| line.starts_with('[') || line.contains(" = "))
@@ -863,7 +927,7 @@ mod tests {
         );
         assert_error(
             from_file("[store]\nkind = \"mongo\"\n"),
-            &["\"embedded\" or \"memory\", and not \"mongo\""],
+            &["\"embedded\" or \"memory\" or \"mongodb\", and not \"mongo\""],
         );
         assert_error(
             from_file("[log]\nlevel = 3\n"),
@@ -1037,6 +1101,97 @@ mod tests {
             from_file("auth.anonymous = false\n"),
             &["nobody could connect"],
         );
+    }
+
+    #[test]
+    fn mongodb_needs_one_uri_and_the_other_stores_none() {
+        let config = from_file("[store]\nkind = \"mongodb\"\nuri = \"mongodb://db1\"\n").unwrap();
+        assert_eq!(
+            config.store.mongodb_uri().unwrap().secret(),
+            "mongodb://db1"
+        );
+        assert_eq!(config.store.database, "midge");
+
+        assert_error(
+            from_file("[store]\nkind = \"mongodb\"\n"),
+            &[
+                "nothing says where MongoDB is",
+                "midge.toml:2:8",
+                "store.uri_file",
+            ],
+        );
+        assert_error(
+            from_set(&[
+                ("store.kind", "mongodb"),
+                ("store.uri", "mongodb://db1"),
+                ("store.uri_file", "uri"),
+            ]),
+            &["both set"],
+        );
+        assert_error(
+            from_environment(&[("MIDGE_STORE__URI", "mongodb://db1")]),
+            &["MIDGE_STORE__URI: store.uri has no effect with store.kind = \"embedded\""],
+        );
+        assert_error(
+            from_set(&[("store.uri", "db1:27017")]),
+            &["store.uri should be a URI such as", "and not \"db1:27017\""],
+        );
+        for database in ["a/b", "local", "sp ace"] {
+            assert_error(
+                from_set(&[("store.database", database)]),
+                &["store.database should be"],
+            );
+        }
+    }
+
+    #[test]
+    fn the_uri_of_mongodb_can_be_in_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("uri");
+        std::fs::write(&path, "mongodb://me:pass@db1/\n").unwrap();
+        let path = path.to_str().unwrap();
+        let variables = [
+            ("MIDGE_STORE__KIND", "mongodb"),
+            ("MIDGE_STORE__URI_FILE", path),
+        ];
+        let store = from_environment(&variables).unwrap().store;
+        assert_eq!(
+            store.mongodb_uri().unwrap().secret(),
+            "mongodb://me:pass@db1/"
+        );
+
+        std::fs::write(path, "me:pass@db1").unwrap();
+        let error = store.mongodb_uri().unwrap_err().to_string();
+        assert!(error.contains("should hold a URI"), "{error}");
+        assert!(!error.contains("pass"), "{error}");
+    }
+
+    #[test]
+    fn the_password_of_mongodb_is_in_no_message() {
+        let uri = "\"mongodb://me:pass@db1/\"";
+        let wrong = [
+            format!("[store]\nuri = {uri}\n"),
+            format!("[store]\nuri = {uri} oops\n"),
+            format!("[store]\nkind = {uri}\n"),
+            format!("[store]\nuri = [{uri}]\n"),
+        ];
+        for text in wrong {
+            let error = from_file(&text).unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("pass"), "{error}");
+            assert!(
+                error.to_string().contains("mongodb://me:****@db1/"),
+                "{error}"
+            );
+        }
+
+        let (_folder, sources) = file(&format!("[store]\nkind = \"mongodb\"\nuri = {uri}\n"));
+        let loaded = Loaded::new(&sources).unwrap();
+        assert!(
+            loaded
+                .to_toml()
+                .contains("uri = \"mongodb://me:****@db1/\"")
+        );
+        assert!(!format!("{loaded:?}").contains("pass"));
     }
 
     #[test]

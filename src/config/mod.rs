@@ -10,6 +10,7 @@ pub mod listener;
 pub mod load;
 mod nearest;
 pub(crate) mod problem;
+mod uri;
 pub mod value;
 
 use std::collections::BTreeMap;
@@ -20,8 +21,10 @@ use std::time::Duration;
 pub use listener::{ClientAuth, Listener, ListenerKind, Tls, Transport};
 pub use load::{Loaded, Sources};
 pub use problem::ConfigError;
+pub use uri::MongoUri;
 pub use value::{ByteSize, Interval};
 
+use problem::Problem;
 use value::{choices, section};
 
 /// Everything that can be set, complete and checked.
@@ -66,11 +69,34 @@ section! {
 section! {
     /// `[store]`: where sessions, queued and retained messages live.
     pub struct Store {
-        /// `"embedded"` keeps them on disk; `"memory"` forgets them when midge stops.
+        /// `"embedded"` keeps them on disk; `"memory"` forgets them when midge stops; `"mongodb"`
+        /// shares them with the other nodes of a cluster.
         pub kind: StoreKind = StoreKind::Embedded,
         /// The folder of the embedded store, made if it is missing. One midge at a time can use
         /// it. A relative path, here as everywhere, starts at the working directory.
         pub path: PathBuf = "./midge-data".into(),
+        /// Only mongodb: the members of the replica set, and all else that a MongoDB URI can
+        /// hold. The password in it is never shown.
+        pub uri: Option<MongoUri> = None,
+        /// Only mongodb: a file that holds the URI, instead of `store.uri`.
+        pub uri_file: Option<PathBuf> = None,
+        /// Only mongodb: the name of the database. Its nodes, and nobody else, use one.
+        pub database: String = "midge".into(),
+    }
+}
+
+impl Store {
+    /// The URI of MongoDB, wherever it is.
+    ///
+    /// # Errors
+    /// When no setting names it, or what is in the file is none.
+    pub fn mongodb_uri(&self) -> Result<MongoUri, ConfigError> {
+        match (&self.uri, &self.uri_file) {
+            (Some(uri), _) => Ok(uri.clone()),
+            (None, Some(path)) => uri::read(path)
+                .map_err(|what| Problem::without_place(format!("store.uri_file: {what}")).into()),
+            (None, None) => Err(Problem::without_place("store.uri is not set").into()),
+        }
     }
 }
 
@@ -78,6 +104,7 @@ choices! {
     pub enum StoreKind {
         Embedded = "embedded",
         Memory = "memory",
+        MongoDb = "mongodb",
     }
 }
 

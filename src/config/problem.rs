@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::uri::without_passwords;
+
 /// Every problem that was found. Printed one after the other, for a person.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\nerror: "))]
@@ -39,7 +41,6 @@ pub(crate) enum Origin {
     CommandLine(String),
 }
 
-#[derive(Debug)]
 pub(crate) struct SourceFile {
     pub(crate) path: PathBuf,
     pub(crate) text: String,
@@ -97,6 +98,13 @@ impl fmt::Display for Problem {
     }
 }
 
+/// Without the text, which may hold passwords.
+impl fmt::Debug for SourceFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SourceFile({})", self.path.display())
+    }
+}
+
 impl SourceFile {
     /// The number of the line, its text, and the number of the column where `offset` is.
     fn locate(&self, offset: usize) -> (usize, &str, usize) {
@@ -121,7 +129,7 @@ impl SourceFile {
             f,
             "\n{margin}--> {}:{number}:{column}\n{margin} |\n{number} | {}\n{margin} | {}{}",
             self.path.display(),
-            line.replace('\t', " "),
+            without_passwords(line).replace('\t', " "),
             " ".repeat(column - 1),
             "^".repeat(width),
         )

@@ -5,6 +5,8 @@ use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::uri::without_passwords;
+
 /// A value as somebody wrote it, before the setting gives it its type.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Value {
@@ -172,7 +174,7 @@ impl Value {
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Untyped(text) | Self::Text(text) => f.write_str(&quote(text)),
+            Self::Untyped(text) | Self::Text(text) => f.write_str(&quote(&without_passwords(text))),
             Self::Integer(integer) => write!(f, "{integer}"),
             Self::Boolean(boolean) => write!(f, "{boolean}"),
             Self::List(_) => f.write_str("a list"),
@@ -183,7 +185,7 @@ impl fmt::Display for Value {
 }
 
 /// JSON strings are TOML strings.
-fn quote(text: &str) -> String {
+pub(super) fn quote(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 

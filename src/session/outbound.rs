@@ -114,27 +114,41 @@ const PACKET_IDS: u16 = u16::MAX - 1;
 const IDLE_SLOTS: usize = 16;
 
 impl InFlight {
-    /// Exchanges read back from the store.
-    pub(crate) fn restore(session: SessionId, exchanges: &[OutgoingExchange]) -> Self {
+    /// Exchanges read back from the store, and QoS 1 deliveries of which another node knows.
+    pub(crate) fn restore(
+        session: SessionId,
+        exchanges: &[OutgoingExchange],
+        at_least_once: &[(PacketId, MessageId)],
+    ) -> Self {
         let mut in_flight = Self::default();
-        // In the order in which they began, [MQTT-4.6.0-4], which is that of their messages.
-        let mut exchanges = exchanges.to_vec();
-        exchanges.sort_by_key(|exchange| exchange.message);
-        for exchange in &exchanges {
+        let exactly_once = exchanges.iter().map(|exchange| {
             let origin = if exchange.inbox == session {
                 Origin::Inbox(exchange.message)
             } else {
                 Origin::Group(exchange.inbox, exchange.message)
             };
-            let index = usize::from(exchange.packet_id.get()) - 1;
-            if in_flight.slots.len() <= index {
-                in_flight.slots.resize(index + 1, None);
-            }
             let state = if exchange.received {
                 ExchangeState::AwaitingPubComp
             } else {
                 ExchangeState::AwaitingPubRec
             };
+            (exchange.message, exchange.packet_id, origin, state)
+        });
+        let at_least_once = at_least_once.iter().map(|(packet_id, message)| {
+            let origin = Origin::Inbox(*message);
+            (*message, *packet_id, origin, ExchangeState::AwaitingPubAck)
+        });
+        let mut all: Vec<_> = exactly_once.chain(at_least_once).collect();
+        // In the order in which they began, [MQTT-4.6.0-4], which is that of their messages.
+        all.sort_by_key(|(message, ..)| *message);
+        for (_, packet_id, origin, state) in all {
+            let index = usize::from(packet_id.get()) - 1;
+            if in_flight.slots.len() <= index {
+                in_flight.slots.resize(index + 1, None);
+            }
+            if in_flight.slots[index].is_some() {
+                continue;
+            }
             let sequence = in_flight.next_sequence;
             in_flight.next_sequence += 1;
             in_flight.slots[index] = Some(Exchange {
@@ -209,6 +223,20 @@ impl InFlight {
             }
         }
         taken
+    }
+
+    /// QoS 1 deliveries from the session's own inbox that the client has not acknowledged.
+    pub(crate) fn at_least_once(&self) -> Vec<(PacketId, MessageId)> {
+        let unacknowledged = |(packet_id, exchange): (PacketId, Exchange)| match exchange.origin {
+            Origin::Inbox(id) if exchange.state == ExchangeState::AwaitingPubAck => {
+                Some((packet_id, id))
+            }
+            _ => None,
+        };
+        self.in_order()
+            .into_iter()
+            .filter_map(unacknowledged)
+            .collect()
     }
 
     /// The last message of an inbox that is in flight.

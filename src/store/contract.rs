@@ -82,6 +82,7 @@ pub(crate) fn record(session: SessionId) -> SessionRecord {
         expiry_interval: 3600,
         ends_at: None,
         will: None,
+        clock: 0,
     }
 }
 
@@ -153,6 +154,20 @@ pub(crate) fn enqueue(session: SessionId, chunk: &Chunk) -> Change {
     Change::Enqueue {
         session,
         chunk: chunk.clone(),
+        guard: None,
+    }
+}
+
+/// Retains a message; of the same topic the one with the highest `hlc` counts.
+fn retain(retained: Retained, hlc: u64) -> Change {
+    let at = at(hlc);
+    Change::Retain { retained, at }
+}
+
+fn clear(topic: &str, hlc: u64) -> Change {
+    Change::ClearRetained {
+        topic: topic.into(),
+        at: at(hlc),
     }
 }
 
@@ -167,7 +182,7 @@ fn packet_id(value: u16) -> PacketId {
 
 pub(crate) async fn write(store: &dyn Store, changes: impl IntoIterator<Item = Change>) {
     store
-        .write(Arc::new(changes.into_iter().collect()))
+        .write(Arc::new(changes.into_iter().collect()), None)
         .await
         .unwrap();
 }
@@ -472,12 +487,12 @@ pub(crate) async fn retained_messages_are_replaced_and_cleared<F: Fixture>() {
     };
     let longest = "t".repeat(65_535);
     let changes = [
-        Change::Retain(retained("a", b"old")),
-        Change::Retain(retained("a/b", &[0, 0xFF])),
-        Change::Retain(retained("gone", b"x")),
-        Change::Retain(retained(&longest, b"y")),
-        Change::Retain(retained("a", b"new")),
-        Change::ClearRetained("gone".into()),
+        retain(retained("a", b"old"), 1),
+        retain(retained("a/b", &[0, 0xFF]), 2),
+        retain(retained("gone", b"x"), 3),
+        retain(retained(&longest, b"y"), 4),
+        retain(retained("a", b"new"), 5),
+        clear("gone", 6),
     ];
     let expected = [
         retained("a", b"new"),
@@ -840,10 +855,10 @@ pub(crate) async fn last_change_of_a_write_wins<F: Fixture>() {
         session: session(1),
         key,
     };
-    let retain = Change::Retain(Retained {
+    let retained = Retained {
         message: message("a", b"x"),
         publisher: "p".into(),
-    });
+    };
     let changes = [
         save(session(1)),
         subscribe(session(1), "gone"),
@@ -855,8 +870,8 @@ pub(crate) async fn last_change_of_a_write_wins<F: Fixture>() {
         dequeue(kept.key),
         enqueue(session(1), &chunk(1, 3)),
         enqueue(session(1), &kept),
-        retain,
-        Change::ClearRetained("a".into()),
+        retain(retained, 1),
+        clear("a", 2),
     ];
     write(fixture.store(), changes).await;
 
@@ -870,10 +885,9 @@ pub(crate) async fn last_change_of_a_write_wins<F: Fixture>() {
 
 pub(crate) async fn changes_may_be_applied_twice<F: Fixture>() {
     let retain = |topic| {
-        Change::Retain(Retained {
-            message: message(topic, b"x"),
-            publisher: "p".into(),
-        })
+        let message = message(topic, b"x");
+        let publisher = "p".into();
+        retain(Retained { message, publisher }, 1)
     };
     let set_up = everything_of(session(1))
         .into_iter()
@@ -901,7 +915,7 @@ pub(crate) async fn changes_may_be_applied_twice<F: Fixture>() {
             session: session(1),
             packet_id: packet_id(1),
         },
-        Change::ClearRetained("b".into()),
+        clear("b", 2),
         Change::EndSession(session(2)),
     ];
     // Each change twice in one write, and every write twice.
@@ -947,7 +961,7 @@ pub(crate) async fn removing_what_is_not_there_does_nothing<F: Fixture>() {
             packet_id: packet_id(1),
         },
         Change::EndSession(session(2)),
-        Change::ClearRetained("a".into()),
+        clear("a", 1),
     ];
     check::<F>(changes, |stored| {
         assert_eq!(records(stored), [&record(session(1))])

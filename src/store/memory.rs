@@ -9,8 +9,9 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 
 use super::{
-    Change, Chunk, Entry, InboxRange, InboxSummary, MessageId, OutgoingExchange, Retained,
-    SessionId, SessionRecord, Store, StoreError, Stored, StoredSession, StoredSubscription,
+    Change, Chunk, Entry, InboxRange, InboxSummary, LogPosition, MessageId, OutgoingExchange,
+    Retained, SessionId, SessionRecord, Store, StoreError, Stored, StoredSession,
+    StoredSubscription, Written,
 };
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{PacketId, SubscriptionFilter};
@@ -49,10 +50,14 @@ impl Store for MemoryStore {
         Ok(stored)
     }
 
-    async fn write(&self, changes: Arc<Vec<Change>>) -> Result<(), StoreError> {
+    async fn write(
+        &self,
+        changes: Arc<Vec<Change>>,
+        _followed: Option<&[LogPosition]>,
+    ) -> Result<Written, StoreError> {
         let mut state = self.0.lock();
         changes.iter().for_each(|change| state.apply(change));
-        Ok(())
+        Ok(Written::default())
     }
 
     async fn read_inbox(&self, range: InboxRange) -> Result<Vec<Chunk>, StoreError> {
@@ -108,9 +113,10 @@ impl State {
             Change::Unsubscribe { session, filter } => self.with(*session, |session| {
                 session.subscriptions.remove(filter);
             }),
-            Change::Enqueue { session, chunk } => self.with(*session, |session| {
-                session.inbox.insert(chunk.key, chunk.entries.clone());
-            }),
+            Change::Enqueue { session, chunk, .. } | Change::Shorten { session, chunk } => self
+                .with(*session, |session| {
+                    session.inbox.insert(chunk.key, chunk.entries.clone());
+                }),
             Change::Dequeue { session, key } => self.with(*session, |session| {
                 session.inbox.remove(key);
             }),
@@ -126,11 +132,11 @@ impl State {
             Change::EndExchange { session, packet_id } => self.with(*session, |session| {
                 session.exchanges.remove(packet_id);
             }),
-            Change::Retain(retained) => {
+            Change::Retain { retained, .. } => {
                 self.retained
                     .insert(retained.message.topic().into(), retained.clone());
             }
-            Change::ClearRetained(topic) => {
+            Change::ClearRetained { topic, .. } => {
                 self.retained.remove(topic);
             }
         }

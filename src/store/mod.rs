@@ -8,6 +8,9 @@
 
 pub(crate) mod embedded;
 pub(crate) mod memory;
+pub(crate) mod mongodb;
+
+mod format;
 
 #[cfg(test)]
 mod contract;
@@ -37,10 +40,20 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     /// [`Change::EndSession`]; whatever is written for it before or after may be forgotten, and is
     /// never read again once it has ended. A caller that stops waiting does not undo the write.
     ///
+    /// With `followed`, all messages have been matched with what other nodes had put into their
+    /// subscription logs up to there: if one of these is longer when this is written, nothing counts
+    /// and [`Written::behind`] says so.
+    ///
     /// # Errors
-    /// `StoreError` when the outcome is unknown; the caller must acknowledge nothing of it. Later
-    /// writes may then fail for the same reason.
-    async fn write(&self, changes: Arc<Vec<Change>>) -> Result<(), StoreError>;
+    /// `StoreError` when the outcome is unknown; the caller must acknowledge nothing of it. After
+    /// [`StoreError::Unavailable`] the same changes, in the same `Arc`, may be written again, and
+    /// nothing else before; after any other error
+    /// later writes may fail for the same reason.
+    async fn write(
+        &self,
+        changes: Arc<Vec<Change>>,
+        followed: Option<&[LogPosition]>,
+    ) -> Result<Written, StoreError>;
 
     /// The chunks of an inbox in key order, from the one whose key is `range.from` or follows it,
     /// up to but without the key `range.before`; as many as fit into `range.bytes_max` (the sum of
@@ -70,6 +83,32 @@ pub(crate) enum StoreError {
     Io(String),
     #[error("store: {what} is damaged")]
     Damaged { what: &'static str },
+    /// For now: what failed may succeed when it is tried again.
+    #[error("store: not available: {0}")]
+    Unavailable(String),
+    /// Other nodes have declared this one dead: nothing that it does counts any more.
+    #[error("store: this node was declared dead")]
+    Fenced,
+}
+
+/// What a write came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Sessions that another node has taken since, or that became too large for the store: of the
+    /// changes that are theirs, nothing was written.
+    pub(crate) lost: Vec<SessionId>,
+    /// The messages have to be matched with `subscriptions` before anything of it counts.
+    pub(crate) behind: bool,
+    /// How far the subscription log of each node that is alive had come when the write was
+    /// durable; empty if this node is the only one.
+    pub(crate) subscriptions: Vec<LogPosition>,
+}
+
+/// The last entry of a node's subscription log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LogPosition {
+    pub(crate) node: u32,
+    pub(crate) entry: u64,
 }
 
 /// One incarnation of a session. A clean start makes a new one, so that whatever was written for
@@ -109,6 +148,9 @@ pub(crate) struct SessionRecord {
     /// Unix milliseconds at which it ends; absent while connected, or if it never does.
     pub(crate) ends_at: Option<u64>,
     pub(crate) will: Option<WillRecord>,
+    /// The clock value of the node that saved it: what the client published there has smaller ones.
+    /// Kept only where other nodes may take the session.
+    pub(crate) clock: u64,
 }
 
 /// A Will that may still have to be published.
@@ -192,7 +234,15 @@ pub(crate) enum Change {
         filter: SubscriptionFilter,
     },
     /// Adds a chunk to an inbox, or replaces the one of the same key.
-    Enqueue { session: SessionId, chunk: Chunk },
+    Enqueue {
+        session: SessionId,
+        chunk: Chunk,
+        /// The session of whoever published it, if nothing may be written once another node has
+        /// taken that.
+        guard: Option<SessionId>,
+    },
+    /// Replaces a chunk by what of it has not been acknowledged, if it is still there.
+    Shorten { session: SessionId, chunk: Chunk },
     /// Removes a chunk whose messages are all done with.
     Dequeue { session: SessionId, key: MessageId },
     /// An incoming QoS 2 PUBLISH was accepted: its identifier is in use until PUBREL.
@@ -213,10 +263,10 @@ pub(crate) enum Change {
         session: SessionId,
         packet_id: PacketId,
     },
-    /// Replaces the retained message of its topic.
-    Retain(Retained),
-    /// Removes the retained message of a topic.
-    ClearRetained(Arc<str>),
+    /// Replaces the retained message of its topic, unless that was written later.
+    Retain { retained: Retained, at: MessageId },
+    /// Removes the retained message of a topic, unless that was written later.
+    ClearRetained { topic: Arc<str>, at: MessageId },
 }
 
 /// All that a restarted broker has to know.
@@ -253,6 +303,47 @@ pub(crate) struct InboxSummary {
     pub(crate) messages: u64,
     /// The sum of [`Message::len`].
     pub(crate) bytes: u64,
+}
+
+impl Change {
+    /// The session that the change is to; messages for an inbox are to nobody's.
+    pub(crate) fn session(&self) -> Option<SessionId> {
+        match self {
+            Self::SaveSession(record) => Some(record.session),
+            Self::EndSession(session)
+            | Self::Subscribe { session, .. }
+            | Self::Unsubscribe { session, .. }
+            | Self::AwaitRelease { session, .. }
+            | Self::Release { session, .. }
+            | Self::SaveExchange { session, .. }
+            | Self::EndExchange { session, .. } => Some(*session),
+            Self::Enqueue { .. }
+            | Self::Dequeue { .. }
+            | Self::Shorten { .. }
+            | Self::Retain { .. }
+            | Self::ClearRetained { .. } => None,
+        }
+    }
+
+    /// The chunk that is not written if these sessions are another node's.
+    pub(crate) fn guarded_by(&self, sessions: &[SessionId]) -> Option<MessageId> {
+        match self {
+            Self::Enqueue {
+                chunk,
+                guard: Some(guard),
+                ..
+            } if sessions.contains(guard) => Some(chunk.key),
+            _ => None,
+        }
+    }
+
+    /// Whether other nodes have to know of it before they accept messages.
+    pub(crate) fn is_for_subscription_log(&self) -> bool {
+        matches!(
+            self,
+            Self::Subscribe { .. } | Self::Unsubscribe { .. } | Self::EndSession(_)
+        )
+    }
 }
 
 impl MessageId {

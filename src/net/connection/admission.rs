@@ -13,7 +13,7 @@ use super::{CLOSE_TIMEOUT, Connection, ConnectionContext, Greeting, authorize, n
 use crate::auth::{Answer, Credentials, Identity, Request, Verdict};
 use crate::broker::LastTopic;
 use crate::broker::flush::Receipt;
-use crate::broker::sessions::Opened;
+use crate::broker::sessions::{NotOpened, Opened};
 use crate::broker::sys::ClientEvent;
 use crate::metrics::Tally;
 use crate::mqtt::decode::{connack_version, decode};
@@ -70,8 +70,19 @@ pub(super) async fn open(
         Err(error) => return Err(Box::new((error, io))),
     };
     let node = &context.node;
-    let Ok(opened) = node.connect(&terms).await else {
-        return Err(Box::new((ConnectError::Superseded, io)));
+    let opened = match node.connect(&terms).await {
+        Ok(opened) => opened,
+        Err(NotOpened::Superseded) => {
+            return Err(Box::new((ConnectError::Superseded, io)));
+        }
+        Err(NotOpened::Store(error)) => {
+            let refused = ConnectError::Refused {
+                reason: error.to_string(),
+                code: ReasonCode::ServerUnavailable,
+                version: terms.version,
+            };
+            return Err(Box::new((refused, io)));
+        }
     };
     let Opened {
         connected,
@@ -114,6 +125,7 @@ pub(super) async fn open(
         settled: Vec::new(),
         actions: Vec::new(),
         walks: VecDeque::new(),
+        has_unsubscribed: false,
         last_topic: LastTopic::default(),
         crowded: None,
         timer,

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep, timeout};
 
 use super::listener::Accepted;
@@ -36,7 +37,7 @@ use crate::session::{
     Action, Delivery, Now, Origin, Outgoing, ProtocolError, Reply, ReplyKind, Session,
     SubscribeRequest, UnsubscribeRequest, publish_reply,
 };
-use crate::store::{Change, MessageId, StoreError};
+use crate::store::{Change, MessageId, Retained, StoreError};
 
 /// What all connections of a node share.
 #[derive(Debug)]
@@ -140,6 +141,8 @@ struct Connection {
     settled: Vec<MessageId>,
     actions: Vec<Action>,
     walks: VecDeque<Walk>,
+    /// Whether the client has ended a subscription, which other nodes may not know yet.
+    has_unsubscribed: bool,
     last_topic: LastTopic,
     /// A client that this one publishes to and that is behind, and until when to wait for it.
     crowded: Option<(Arc<Mailbox>, Instant)>,
@@ -169,6 +172,14 @@ struct Walk {
     walk: RetainedWalk,
     options: SubscribeOptions,
     identifiers: Option<Arc<[u32]>>,
+    page: RetainedPage,
+}
+
+/// Retained messages from a store that is shared with other nodes.
+enum RetainedPage {
+    None,
+    Reading(BoxFuture<'static, Result<Vec<Retained>, StoreError>>),
+    Read(Vec<Retained>),
 }
 
 impl Connection {
@@ -222,6 +233,7 @@ impl Connection {
                 result = durable(flusher, pending, &mut self.awaited_receipt), if pending != Receipt::NOTHING => {
                     result?;
                 }
+                result = retained_page(&mut self.walks) => result?,
                 () = until(&mut self.timer) => self.check_keep_alive()?,
                 () = std::future::poll_fn(|context| flusher.poll_room(context)), if !flusher.has_room() => {}
                 () = space(&self.crowded, crowded_until), if crowded_until.is_some() => {
@@ -262,7 +274,8 @@ impl Connection {
     }
 
     fn may_walk(&self) -> bool {
-        !self.walks.is_empty()
+        let front = self.walks.front();
+        front.is_some_and(|walk| !matches!(walk.page, RetainedPage::Reading(_)))
             && self.io.has_room()
             && self.consumer.is_nearly_empty()
             && self.connected.mailbox.has_ample_room()
@@ -471,7 +484,10 @@ impl Connection {
 
     /// Sends a reply once `receipt` is durable, and after all replies before it.
     fn reply(&mut self, receipt: Receipt, reply: Reply) {
-        if self.pending.is_empty() && self.context.node.flusher.is_durable(receipt) {
+        if self.pending.is_empty()
+            && self.context.node.flusher.is_durable(receipt)
+            && !self.connected.mailbox.is_lost()
+        {
             self.send_reply(reply);
         } else {
             self.pending.push_back((receipt, Pending::Reply(reply)));
@@ -505,6 +521,7 @@ impl Connection {
     fn send_durable(&mut self) {
         while let Some((receipt, _)) = self.pending.front()
             && self.context.node.flusher.is_durable(*receipt)
+            && !self.connected.mailbox.is_lost()
         {
             let Some((_, pending)) = self.pending.pop_front() else {
                 return;
@@ -559,6 +576,10 @@ impl Connection {
                 self.settle();
                 continue;
             }
+            if self.is_unwanted(&delivery) {
+                self.settle_later(delivery.origin);
+                continue;
+            }
             if restricted && !self.session.is_unfinished(delivery.origin) {
                 let request = Request::Receive {
                     topic: delivery.message.topic(),
@@ -587,12 +608,32 @@ impl Connection {
         self.settle();
     }
 
+    /// Whether another node has added a message after its subscription had ended, [MQTT-3.10.4-2].
+    fn is_unwanted(&self, delivery: &Delivery) -> bool {
+        let Origin::Inbox(id) = delivery.origin else {
+            return false;
+        };
+        let topic = delivery.message.topic();
+        let mut filters = self.connected.subscriptions.keys();
+        self.has_unsubscribed
+            && id.node != self.context.node.flusher.node
+            && !self.session.is_unfinished(delivery.origin)
+            && !filters.any(|filter| filter.filter.matches(topic))
+    }
+
     async fn subscribe(&mut self, request: SubscribeRequest) {
         let mut reasons = Vec::with_capacity(request.filters.len());
         let mut walks = Vec::new();
         for (filter, options) in request.filters {
             let limits = &self.context.node.limits;
             let subscriptions = &self.connected.subscriptions;
+            if let Ok(filter) = &filter
+                && filter.share.is_some()
+                && self.context.node.cluster.is_some()
+            {
+                reasons.push(ReasonCode::SharedSubscriptionsNotSupported);
+                continue;
+            }
             let filter = match filter {
                 Ok(filter)
                     if filter.filter.levels().count() <= limits.topic_levels_max
@@ -630,6 +671,7 @@ impl Connection {
                 walk,
                 options,
                 identifiers: request.identifier.map(|identifier| Arc::from([identifier])),
+                page: RetainedPage::None,
             }));
             reasons.push(match options.maximum_qos {
                 QoS::AtMostOnce => ReasonCode::Success,
@@ -659,6 +701,7 @@ impl Connection {
             let node = &self.context.node;
             reasons.push(match node.unsubscribe(&mut self.connected, &filter) {
                 Some(receipt) => {
+                    self.has_unsubscribed = true;
                     self.last_receipt = self.last_receipt.max(receipt);
                     node.publish_event(
                         &self.identity.client_id,
@@ -690,7 +733,17 @@ impl Connection {
         // Opened before the look-up: a newer message cannot come between the two.
         let mut additions = mailbox.is_durable().then(|| node.flusher.add());
         let step = mailbox.retained_step(RETAINED_STEP);
-        let more = walk.walk.step(&node.retained, &mut found, step);
+        let mut more = match std::mem::replace(&mut walk.page, RetainedPage::None) {
+            RetainedPage::Read(page) => {
+                walk.walk.take_read(page, &mut found);
+                false
+            }
+            _ => walk.walk.step(&node.retained, &mut found, step),
+        };
+        if !more && let Some(reading) = node.read_retained(&mut walk.walk, step) {
+            walk.page = RetainedPage::Reading(reading);
+            more = true;
+        }
         for retained in found {
             // [MQTT-3.8.3-3]
             if walk.options.no_local && retained.publisher == self.identity.client_id {
@@ -706,7 +759,7 @@ impl Connection {
             };
             match &mut additions {
                 Some(additions) if qos > QoS::AtMostOnce => {
-                    additions.enqueue(mailbox, delivery);
+                    additions.enqueue(mailbox, delivery, None);
                 }
                 _ => self.consumer.add(delivery),
             }
@@ -839,6 +892,19 @@ async fn durable(
         }
     })
     .await
+}
+
+/// Ready when retained messages that are looked up in the store are there.
+async fn retained_page(walks: &mut VecDeque<Walk>) -> Result<(), StoreError> {
+    match walks.front_mut().map(|walk| &mut walk.page) {
+        Some(page @ RetainedPage::Reading(_)) => {
+            if let RetainedPage::Reading(reading) = page {
+                *page = RetainedPage::Read(reading.await?);
+            }
+            Ok(())
+        }
+        _ => std::future::pending().await,
+    }
 }
 
 async fn until(timer: &mut Option<Pin<Box<Sleep>>>) {

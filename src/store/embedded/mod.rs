@@ -24,7 +24,10 @@ use parking_lot::{Mutex, RwLock};
 
 use self::tables::Tables;
 use self::writer::Writer;
-use super::{Change, Chunk, InboxRange, SessionId, Store, StoreError, Stored, StoredSession};
+use super::{
+    Change, Chunk, InboxRange, LogPosition, Retained, SessionId, Store, StoreError, Stored,
+    StoredSession, Written,
+};
 
 /// How much memory and disk the database may use.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +81,42 @@ impl EmbeddedStore {
         })
     }
 
+    /// Everything but retained messages, which only [`EmbeddedStore::read_retained`] reads in parts.
+    ///
+    /// # Errors
+    /// `StoreError` if what is stored cannot be read.
+    pub(crate) async fn load_sessions(&self) -> Result<Stored, StoreError> {
+        let loaded = self.read(load_sessions).await?;
+        Ok(loaded.stored)
+    }
+
+    /// How many topics have a retained message.
+    ///
+    /// # Errors
+    /// `StoreError` if they cannot be read.
+    pub(crate) async fn count_retained(&self) -> Result<u64, StoreError> {
+        self.read(|tables| {
+            let view = tables.view();
+            let mut keys = view.keys(&tables.retained, &[]);
+            keys.try_fold(0, |count, key| key.map(|_| count + 1))
+        })
+        .await
+    }
+
+    /// Retained messages in the order of their topics, from the first that follows `after`: as many
+    /// as fit into `bytes_max`, but at least one if there is any.
+    ///
+    /// # Errors
+    /// `StoreError` if they cannot be read.
+    pub(crate) async fn read_retained(
+        &self,
+        after: Option<Arc<str>>,
+        bytes_max: usize,
+    ) -> Result<Vec<Retained>, StoreError> {
+        self.read(move |tables| read_retained(tables, after.as_deref(), bytes_max))
+            .await
+    }
+
     async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Tables) -> Result<T, StoreError> + Send + 'static,
@@ -98,22 +137,25 @@ impl Store for EmbeddedStore {
     async fn load(&self) -> Result<Stored, StoreError> {
         let Loaded { stored, orphans } = self.read(load).await?;
         if !orphans.is_empty() {
-            self.write(Arc::new(
-                orphans.into_iter().map(Change::EndSession).collect(),
-            ))
-            .await?;
+            let ends = orphans.into_iter().map(Change::EndSession);
+            self.write(Arc::new(ends.collect()), None).await?;
         }
         Ok(stored)
     }
 
-    async fn write(&self, changes: Arc<Vec<Change>>) -> Result<(), StoreError> {
+    async fn write(
+        &self,
+        changes: Arc<Vec<Change>>,
+        _followed: Option<&[LogPosition]>,
+    ) -> Result<Written, StoreError> {
         let jobs = self
             .writer
             .lock()
             .as_ref()
             .map(Writer::jobs)
             .ok_or_else(closed)?;
-        jobs.write(changes).await
+        jobs.write(changes).await?;
+        Ok(Written::default())
     }
 
     async fn read_inbox(&self, range: InboxRange) -> Result<Vec<Chunk>, StoreError> {
@@ -157,6 +199,15 @@ struct Loaded {
 }
 
 fn load(tables: &Tables) -> Result<Loaded, StoreError> {
+    let mut loaded = load_sessions(tables)?;
+    for row in tables.view().rows(&tables.retained) {
+        let retained = format::read_retained_value(&row?.1)?;
+        loaded.stored.retained.push(retained);
+    }
+    Ok(loaded)
+}
+
+fn load_sessions(tables: &Tables) -> Result<Loaded, StoreError> {
     let view = tables.view();
     let mut stored = Stored::default();
     for row in view.rows(&tables.sessions) {
@@ -217,9 +268,6 @@ fn load(tables: &Tables) -> Result<Loaded, StoreError> {
             stored.last_hlc = stored.last_hlc.max(key.hlc);
         }
     }
-    for row in view.rows(&tables.retained) {
-        stored.retained.push(format::read_retained_value(&row?.1)?);
-    }
     for row in view.rows(&tables.garbage) {
         orphans.remove(&format::read_session(&row?.0)?);
     }
@@ -245,4 +293,25 @@ fn read_inbox(tables: &Tables, range: InboxRange) -> Result<Vec<Chunk>, StoreErr
         chunks.push(format::read_chunk_value(key, &value)?);
     }
     Ok(chunks)
+}
+
+fn read_retained(
+    tables: &Tables,
+    after: Option<&str>,
+    bytes_max: usize,
+) -> Result<Vec<Retained>, StoreError> {
+    let from = after.map_or_else(Vec::new, |after| [after.as_bytes(), &[0]].concat());
+    // No topic begins with this byte: they are UTF-8.
+    let before = vec![0xFF];
+    let mut retained = Vec::new();
+    let mut bytes = 0;
+    for row in tables.view().range(&tables.retained, from..before) {
+        let (_, value) = row?;
+        bytes += value.len();
+        if bytes > bytes_max && !retained.is_empty() {
+            break;
+        }
+        retained.push(format::read_retained_value(&value)?);
+    }
+    Ok(retained)
 }

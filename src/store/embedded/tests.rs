@@ -205,7 +205,7 @@ async fn closed_store_fails_cleanly() {
     store.close().await;
 
     assert!(matches!(
-        store.write(Arc::new(vec![save(session(1))])).await,
+        store.write(Arc::new(vec![save(session(1))]), None).await,
         Err(StoreError::Io(_))
     ));
     assert!(matches!(

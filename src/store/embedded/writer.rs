@@ -153,7 +153,7 @@ fn stage(tables: &Tables, batch: &mut OwnedWriteBatch, change: &Change) {
                 format::subscription_key(*session, filter),
             );
         }
-        Change::Enqueue { session, chunk } => {
+        Change::Enqueue { session, chunk, .. } | Change::Shorten { session, chunk } => {
             let key = format::inbox_key(*session, chunk.key);
             batch.insert(&tables.inbox, key, format::chunk_value(&chunk.entries));
         }
@@ -178,13 +178,13 @@ fn stage(tables: &Tables, batch: &mut OwnedWriteBatch, change: &Change) {
         Change::EndExchange { session, packet_id } => {
             batch.remove(&tables.exchanges, format::packet_key(*session, *packet_id));
         }
-        Change::Retain(retained) => {
+        Change::Retain { retained, .. } => {
             batch.insert(
                 &tables.retained,
                 retained.message.topic(),
                 format::retained_value(retained),
             );
         }
-        Change::ClearRetained(topic) => batch.remove(&tables.retained, &**topic),
+        Change::ClearRetained { topic, .. } => batch.remove(&tables.retained, &**topic),
     }
 }

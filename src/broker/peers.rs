@@ -1,0 +1,1092 @@
+//! What a node and the other nodes of its cluster have to do with each other.
+//!
+//! The node that a message is published at writes it into the inbox of every session, wherever the
+//! client of that is. Once it is written it is handed on to the node that has the client. So a node
+//! that takes a session over finds in the store what was written before, and is sent what is written
+//! after; the two meet where all others have acknowledged that they know of the new place
+//! ([`Node::announce`]).
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+use super::Node;
+use super::clients::{Claim, Detached, SessionSubscriptions};
+use super::consumer::{Consumer, Inbox};
+use super::flush::{Matched, Receipt, Unstored, unix_ms};
+use super::mailbox::Mailbox;
+use super::retained::RetainedWalk;
+use super::sessions::{Connected, NotOpened, Taken, random_session_id};
+use super::shared::{self, Learned, Noted, Place};
+use crate::bus::wire::Item;
+use crate::cluster::Cluster;
+use crate::mqtt::topic::SubscribeOptions;
+use crate::mqtt::{Message, PacketId, QoS, SubscriptionFilter};
+use crate::session::connect::Terms;
+use crate::session::outbound::InFlight;
+use crate::session::{Delivery, Exchanges, Origin};
+use crate::store::mongodb::{Leftover, LogAction, LogEntry, LogOp, OpenRequest, SharedSession};
+use crate::store::{
+    Change, Chunk, Entry, InboxSummary, LogPosition, MessageId, Owner, Retained, SessionId,
+    StoreError, StoredSession, StoredSubscription,
+};
+
+/// How long a node that takes a session over waits for what the others have to say.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How long to wait after the store could not be read.
+const READ_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// What this node is waiting for from others, and how far it has followed them.
+#[derive(Default)]
+pub(super) struct Peers {
+    /// How much of each node's subscription log is in the subscriptions.
+    #[expect(
+        clippy::disallowed_types,
+        reason = "held while the store is read, so that entries are applied once and in order"
+    )]
+    followed: tokio::sync::Mutex<HashMap<u32, u64>>,
+    /// Nodes that do not yet know where a client is now, by client and epoch.
+    unaware: Mutex<HashMap<(Arc<str>, u64), Unaware>>,
+    /// Sessions that their last node has still to let go.
+    expected: Mutex<HashMap<Arc<str>, Expected>>,
+    /// What sessions that were taken have left, and that is being dealt with.
+    finishing: Mutex<HashMap<SessionId, Receipt>>,
+    /// How many sessions of this node want each filter, of those that do not outlive their
+    /// connection: other nodes are told of the first and the last.
+    interest: Mutex<HashMap<SubscriptionFilter, usize>>,
+    /// What such sessions of each other node want.
+    routes: Mutex<HashMap<u32, HashSet<SubscriptionFilter>>>,
+}
+
+/// What [`Node::missed`] found.
+#[derive(Default)]
+pub(super) struct Missed {
+    pub(super) chunks: Vec<MissedChunk>,
+    /// Of the subscriptions that messages have been matched with now.
+    pub(super) version: u64,
+    /// How much of other nodes' logs is in them.
+    pub(super) followed: Vec<LogPosition>,
+}
+
+/// A message that is missing in an inbox.
+pub(super) struct MissedChunk {
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) chunk: Chunk,
+    /// As the message's own.
+    pub(super) guard: Option<SessionId>,
+}
+
+/// A QoS 1 message that the client has not acknowledged, under the identifier that it knows.
+pub(super) type InFlightMessage = (PacketId, MessageId);
+
+/// A session that a node has still to let go.
+struct Expected {
+    node: u32,
+    epoch: u64,
+    let_go: oneshot::Sender<Vec<InFlightMessage>>,
+}
+
+struct Unaware {
+    nodes: HashSet<u32>,
+    mailbox: Arc<Mailbox>,
+    told: Option<oneshot::Sender<()>>,
+}
+
+impl Node {
+    /// Lets go of sessions that another node has taken, as a write has shown.
+    pub(super) fn lose(&self, sessions: &[SessionId]) {
+        for session in sessions {
+            if let Some(mailbox) = self.shared.mailbox(*session) {
+                let holder = self.shared.place_of(&mailbox.client_id);
+                let holder = holder.and_then(|place| place.node);
+                self.let_go(&mailbox.client_id, &mailbox, holder);
+            }
+        }
+    }
+
+    /// Ends what this node has of a client that another node has now. Its connection says so
+    /// elsewhere when it has ended; what is there without one is returned.
+    fn let_go(
+        &self,
+        client_id: &Arc<str>,
+        mailbox: &Arc<Mailbox>,
+        holder: Option<u32>,
+    ) -> Option<Box<Detached>> {
+        {
+            // Whoever adds a message from now on hands it on to the other node.
+            let mut additions = self.flusher.add();
+            mailbox.lose(holder);
+            additions.tick();
+        }
+        let of_session = |detached: &mut Detached| Arc::ptr_eq(&detached.mailbox, mailbox);
+        self.clients.with_detached(client_id, of_session)
+    }
+
+    /// Tells the node that a client is at now that this one has let its session go, once everything
+    /// that it has written for it is durable.
+    pub(super) fn say_taken(&self, client_id: &Arc<str>, in_flight: Vec<InFlightMessage>) {
+        let Some(cluster) = self.cluster.clone() else {
+            return;
+        };
+        let place = self.shared.place_of(client_id);
+        let Some(Place {
+            session,
+            epoch,
+            node: Some(node),
+        }) = place.filter(|place| place.node != Some(self.flusher.node))
+        else {
+            return;
+        };
+        let (flusher, client_id) = (self.flusher.clone(), client_id.clone());
+        self.tasks.spawn(async move {
+            // The client's own messages, and what it has acknowledged, come before what follows at
+            // the other node. If they never will be durable, it need not wait for them.
+            if flusher.durable(flusher.everything()).await.is_ok() {
+                if let Some(session) = session {
+                    cluster.store.forget(session, epoch);
+                }
+                let taken = Item::Taken {
+                    client_id,
+                    epoch,
+                    in_flight,
+                };
+                cluster.send(node, &taken);
+            }
+        });
+    }
+
+    /// Messages for subscriptions that other nodes had made before these were written, but that this
+    /// node did not know of: they have to be written too before anything is acknowledged.
+    pub(super) async fn missed(
+        &self,
+        messages: &[Matched],
+        positions: &[LogPosition],
+    ) -> Result<Missed, StoreError> {
+        let mut missed = Missed::default();
+        let Some(cluster) = &self.cluster else {
+            return Ok(missed);
+        };
+        self.follow(cluster, positions).await?;
+        {
+            // While nothing more is followed: both are of the same moment.
+            let followed = self.peers.followed.lock().await;
+            let positions = followed.iter();
+            missed.followed = positions
+                .map(|(node, entry)| LogPosition {
+                    node: *node,
+                    entry: *entry,
+                })
+                .collect();
+            missed.version = self.subscriptions.version();
+        }
+        for Matched {
+            message,
+            version,
+            guard,
+        } in messages
+        {
+            let Some(learned) = self.shared.learned_since(*version) else {
+                // So many at a time: it is matched with all subscriptions again. Whoever had it
+                // before gets a QoS 1 message twice.
+                missed.chunks.extend(self.match_whole(message, *guard));
+                continue;
+            };
+            for learned in learned {
+                // Its turn comes with the next look.
+                if learned.version > missed.version {
+                    continue;
+                }
+                let qos = message.qos().min(learned.options.maximum_qos);
+                if qos == QoS::AtMostOnce || !learned.filter.filter.matches(message.topic()) {
+                    continue;
+                }
+                let id = self.flusher.add().next_id();
+                let entry = Entry {
+                    id,
+                    qos,
+                    retain: message.retain() && learned.options.retain_as_published,
+                    subscription_identifiers: learned.identifier.map(|id| Arc::from([id])),
+                    message: message.clone(),
+                };
+                let chunk = Chunk {
+                    key: id,
+                    entries: vec![entry],
+                };
+                missed.chunks.push(MissedChunk {
+                    mailbox: learned.mailbox,
+                    chunk,
+                    guard: *guard,
+                });
+            }
+        }
+        Ok(missed)
+    }
+
+    /// A message for the inboxes of all sessions that want it.
+    fn match_whole(&self, message: &Message, guard: Option<SessionId>) -> Vec<MissedChunk> {
+        let (matches, _) = self.subscriptions.matches(message.topic());
+        let durable = matches
+            .sessions
+            .iter()
+            .filter(|found| found.mailbox.is_durable());
+        durable
+            .filter_map(|found| {
+                let delivery = found.terms.delivery(message);
+                let id = self.flusher.add().next_id();
+                let entry = Entry {
+                    id,
+                    qos: delivery.qos,
+                    retain: delivery.retain,
+                    subscription_identifiers: delivery.subscription_identifiers,
+                    message: delivery.message,
+                };
+                let entries = vec![entry];
+                (delivery.qos > QoS::AtMostOnce).then(|| MissedChunk {
+                    mailbox: found.mailbox.clone(),
+                    chunk: Chunk { key: id, entries },
+                    guard,
+                })
+            })
+            .collect()
+    }
+
+    /// Tells other nodes that this one has changed subscriptions.
+    pub(super) fn announce_log(&self, positions: &[LogPosition]) {
+        let own = positions
+            .iter()
+            .find(|position| position.node == self.flusher.node);
+        if let (Some(cluster), Some(position)) = (&self.cluster, own) {
+            cluster.broadcast(&Item::Log(*position));
+        }
+    }
+
+    /// Hands chunks that are in the store to whoever empties their inbox.
+    pub(super) fn hand_on(&self, chunks: Vec<(Arc<Mailbox>, Chunk)>) {
+        for (mailbox, chunk) in chunks {
+            match (mailbox.holder(), &self.cluster) {
+                (Some(node), Some(cluster)) => {
+                    let session = mailbox.session;
+                    cluster.send(node, &Item::Deliver { session, chunk });
+                }
+                _ => mailbox.push_committed(&chunk),
+            }
+        }
+    }
+
+    /// Begins to read what a walk has to look at in the store, if there is anything. It is tried until
+    /// the store is available.
+    pub(crate) fn read_retained(
+        &self,
+        walk: &mut RetainedWalk,
+        at_most: usize,
+    ) -> Option<BoxFuture<'static, Result<Vec<Retained>, StoreError>>> {
+        let cluster = self.cluster.clone()?;
+        let range = walk.next_in_store(at_most)?;
+        Some(Box::pin(async move {
+            loop {
+                match cluster.store.read_retained(range.clone()).await {
+                    Err(StoreError::Unavailable(_)) => tokio::time::sleep(READ_AGAIN_AFTER).await,
+                    read => return read,
+                }
+            }
+        }))
+    }
+
+    /// Does what had to wait.
+    pub(super) fn deliver_unstored(&self, unstored: Unstored) {
+        match unstored {
+            Unstored::One { mailbox, delivery } if mailbox.holder().is_some() => {
+                self.pass(&mailbox, delivery);
+            }
+            Unstored::One { mailbox, delivery } => {
+                mailbox.push(delivery);
+            }
+            Unstored::Nodes {
+                message,
+                publisher,
+                nodes,
+            } => self.pass_to_nodes(&message, &publisher, &nodes),
+            Unstored::Retain { message, publisher } => {
+                self.retain(&message, &publisher, &mut self.flusher.add());
+            }
+        }
+    }
+
+    /// Gives a message that is not stored to the node that has the client.
+    pub(super) fn pass(&self, mailbox: &Mailbox, delivery: Delivery) {
+        if let (Some(node), Some(cluster)) = (mailbox.holder(), &self.cluster) {
+            let item = Item::Pass {
+                session: mailbox.session,
+                qos: delivery.qos,
+                retain: delivery.retain,
+                subscription_identifiers: delivery.subscription_identifiers,
+                message: delivery.message,
+            };
+            cluster.send(node, &item);
+        }
+    }
+
+    /// Gives a message to nodes where clients want it whose sessions end with their connections.
+    pub(super) fn pass_to_nodes(&self, message: &Message, publisher: &Arc<str>, nodes: &[u32]) {
+        // Each node has its own.
+        if message.topic().starts_with("$SYS/") {
+            return;
+        }
+        if let Some(cluster) = &self.cluster {
+            let item = Item::Publish {
+                message: message.clone(),
+                publisher: publisher.clone(),
+            };
+            for node in nodes {
+                cluster.send(*node, &item);
+            }
+        }
+    }
+
+    /// Takes the session of a client from whichever node had it last.
+    pub(super) async fn take_shared(
+        &self,
+        cluster: &Cluster,
+        terms: &Terms,
+        claim: Claim,
+    ) -> Result<Taken, NotOpened> {
+        let client_id = &terms.client_id;
+        let node = Some(self.flusher.node);
+        let lasts = terms.expiry_interval > 0;
+        let Claim {
+            mailbox: claimed,
+            resumed,
+            ended,
+        } = claim;
+        let here = resumed.or(ended);
+        let place = self.shared.place_of(client_id);
+        let has_session = here.is_some() || place.is_some_and(|place| place.session.is_some());
+        let epoch = self.flusher.add().tick();
+        // An earlier session goes on until the end of this connection.
+        let durable = lasts || (has_session && !terms.clean_start);
+        if !durable && terms.will.is_none() && !has_session {
+            let session = None;
+            let place = Place {
+                session,
+                epoch,
+                node,
+            };
+            self.shared.place(client_id, place);
+            return Ok(Taken {
+                inbox: Inbox::Shared(self.announce(cluster, &claimed, epoch)),
+                mailbox: claimed,
+                resumed: None,
+                epoch,
+                is_saved: true,
+                receipt: Receipt::NOTHING,
+            });
+        }
+        // What an earlier connection left must not be written over what comes now.
+        let everything = self.flusher.everything();
+        if let Err(error) = self.flusher.durable(everything).await {
+            self.clients.release(client_id, here);
+            return Err(error.into());
+        }
+        let request = OpenRequest {
+            owner: Owner::Client(client_id.clone()),
+            new_session: match &here {
+                Some(_) => random_session_id(),
+                None => claimed.session,
+            },
+            clean_start: terms.clean_start,
+            version: terms.version,
+            expiry_interval: terms.expiry_interval,
+            will: terms.will.clone(),
+            durable,
+            epoch_min: epoch,
+        };
+        let opened = match cluster.open(request).await {
+            Ok(Some(opened)) => opened,
+            Ok(None) => {
+                self.clients.release(client_id, None);
+                return Err(NotOpened::Superseded);
+            }
+            Err(error) => {
+                self.clients.release(client_id, here);
+                return Err(error.into());
+            }
+        };
+        let session = opened.session.record.session;
+        let epoch = opened.epoch;
+        // What the client publishes here comes after what it published elsewhere.
+        self.flusher.observe(opened.session.record.clock);
+        let mailbox = match &here {
+            _ if claimed.session == session => claimed,
+            Some(here) if here.mailbox.session == session => here.mailbox.clone(),
+            _ if !durable => self.mailbox(
+                session,
+                client_id.clone(),
+                None,
+                false,
+                InboxSummary::default(),
+            ),
+            _ => self.shared_mailbox(session, client_id.clone()),
+        };
+        let mailbox = if durable {
+            self.shared.mailbox_or(session, || mailbox)
+        } else {
+            mailbox
+        };
+        self.clients.rebind(client_id, &mailbox);
+        // Whoever takes the session from now on is heard.
+        mailbox.regain();
+        let place = Place {
+            session: durable.then_some(session),
+            epoch,
+            node,
+        };
+        if !self.shared.place(client_id, place) {
+            self.clients.release(client_id, None);
+            return Err(NotOpened::Superseded);
+        }
+        let last_node = opened.previous_node.filter(|last| Some(*last) != node);
+        let let_go = last_node
+            .filter(|last| cluster.members.is_alive(*last))
+            .map(|last| self.expect_session(client_id, epoch, last));
+        let told = self.announce(cluster, &mailbox, epoch);
+        let in_flight = match let_go {
+            Some(let_go) => let_go.await,
+            None => None,
+        };
+        self.peers.expected.lock().remove(client_id);
+        if let (Some(last), None) = (last_node, &in_flight) {
+            // Whatever it may still write, and however wrong its clock is: what this node writes
+            // comes after.
+            let reserved = cluster.reserved_by(last).await;
+            self.flusher.observe(reserved);
+        }
+        let mut receipt = Receipt::NOTHING;
+        for leftover in &opened.leftovers {
+            receipt = receipt.max(self.finish(leftover));
+        }
+        let is_last = |here: &Detached| {
+            here.epoch == opened.previous_epoch && Arc::ptr_eq(&here.mailbox, &mailbox)
+        };
+        let resumed = opened.present.then(|| match here {
+            Some(here) if is_last(&here) => here,
+            _ => {
+                let in_flight = in_flight.unwrap_or_default();
+                Box::new(self.detached(opened.session, &mailbox, epoch, &in_flight))
+            }
+        });
+        Ok(Taken {
+            mailbox,
+            resumed,
+            epoch,
+            is_saved: true,
+            receipt,
+            inbox: match told {
+                // Nobody else can know of a new session before it subscribes.
+                None if !opened.present => Inbox::Known,
+                told => Inbox::Shared(told),
+            },
+        })
+    }
+
+    /// Deals with what a session that was taken has left: publishes its Will, and ends it.
+    pub(crate) fn finish(&self, leftover: &Leftover) -> Receipt {
+        {
+            let mut finishing = self.peers.finishing.lock();
+            finishing.retain(|_, receipt| !self.flusher.is_durable(*receipt));
+            if let Some(receipt) = finishing.get(&leftover.session) {
+                return *receipt;
+            }
+        }
+        let end = Change::EndSession(leftover.session);
+        let receipt = match (&leftover.owner, &leftover.will) {
+            (Owner::Client(client_id), Some(will)) => self.publish_will(client_id, will, end),
+            _ => self.flusher.persist(end),
+        };
+        self.peers
+            .finishing
+            .lock()
+            .insert(leftover.session, receipt);
+        receipt
+    }
+
+    /// A session as the store has it.
+    pub(super) fn detached(
+        &self,
+        stored: StoredSession,
+        mailbox: &Arc<Mailbox>,
+        epoch: u64,
+        in_flight: &[InFlightMessage],
+    ) -> Detached {
+        let mut gone = self.shared.filters(mailbox.session);
+        let mut subscriptions = SessionSubscriptions::new();
+        for StoredSubscription {
+            filter,
+            options,
+            identifier,
+        } in stored.subscriptions
+        {
+            gone.remove(&filter);
+            subscriptions.insert(filter.clone(), (options, identifier));
+            self.learn(mailbox, epoch, filter, options, identifier);
+        }
+        for filter in gone {
+            self.subscriptions.unsubscribe(&filter.filter, mailbox);
+            self.shared.note(mailbox.session, &filter, epoch, None);
+        }
+        let session = mailbox.session;
+        Detached {
+            mailbox: mailbox.clone(),
+            subscriptions,
+            exchanges: Exchanges {
+                inbound: stored.awaiting_release.into_iter().collect(),
+                outbound: InFlight::restore(session, &stored.exchanges, in_flight),
+            },
+            record: stored.record,
+            epoch,
+        }
+    }
+
+    /// Gives up a session that another node has taken.
+    pub(super) async fn hand_over(
+        &self,
+        connected: Connected,
+        consumer: Consumer,
+        exchanges: Exchanges,
+    ) {
+        let Connected {
+            mailbox,
+            subscriptions,
+            mut record,
+            epoch,
+            ..
+        } = connected;
+        let client_id = mailbox.client_id.clone();
+        consumer.detach();
+        if mailbox.is_durable() {
+            self.store_partly_settled(&mailbox).await;
+        }
+        let in_flight = exchanges.outbound.at_least_once();
+        let place = self.shared.place_of(&client_id);
+        if place.is_none_or(|place| place.session != Some(mailbox.session)) {
+            // The other node has nothing of it: this one ends it, unless it is over already.
+            if let Some(will) = &mut record.will {
+                will.due_at = Some(unix_ms());
+            }
+            self.end_session(Detached {
+                mailbox,
+                subscriptions,
+                exchanges,
+                record,
+                epoch,
+            });
+        }
+        self.clients.release(&client_id, None);
+        self.say_taken(&client_id, in_flight);
+    }
+
+    /// The client of a session is gone: other nodes need not hand on anything.
+    pub(super) fn withdraw(&self, mailbox: &Arc<Mailbox>, epoch: u64) {
+        let Some(cluster) = &self.cluster else {
+            return;
+        };
+        let place = Place {
+            session: mailbox.is_durable().then_some(mailbox.session),
+            epoch,
+            node: None,
+        };
+        if self.shared.place(&mailbox.client_id, place) && mailbox.is_durable() {
+            let session = mailbox.session;
+            cluster.broadcast(&Item::Disown { session, epoch });
+        }
+    }
+
+    /// Notes what a client of this node subscribes to, for when it is at another one.
+    pub(super) fn note_subscription(
+        &self,
+        connected: &Connected,
+        filter: &SubscriptionFilter,
+        terms: Option<shared::Terms>,
+        is_new: bool,
+    ) {
+        if self.cluster.is_none() {
+            return;
+        }
+        let mailbox = &connected.mailbox;
+        if mailbox.is_durable() {
+            self.shared
+                .note(mailbox.session, filter, connected.epoch, terms);
+        } else if is_new {
+            self.want(filter, terms.is_some());
+        }
+    }
+
+    /// Notes that a session which ends with its connection wants a filter, or no longer does.
+    pub(crate) fn want(&self, filter: &SubscriptionFilter, wants: bool) {
+        let Some(cluster) = &self.cluster else {
+            return;
+        };
+        let mut interest = self.peers.interest.lock();
+        let count = interest.entry(filter.clone()).or_default();
+        let (mut add, mut remove) = (Vec::new(), Vec::new());
+        if wants {
+            *count += 1;
+            if *count > 1 {
+                return;
+            }
+            add.push(filter.clone());
+        } else {
+            *count = count.saturating_sub(1);
+            if *count > 0 {
+                return;
+            }
+            interest.remove(filter);
+            remove.push(filter.clone());
+        }
+        // While the counts are locked: what is sent is in their order.
+        cluster.broadcast(&Item::Route {
+            reset: false,
+            add,
+            remove,
+        });
+    }
+
+    /// Tells a node that has just come what the clients of this one want.
+    pub(crate) fn greet(&self, cluster: &Cluster, node: u32) {
+        let interest = self.peers.interest.lock();
+        let add = interest.keys().cloned().collect();
+        let item = Item::Route {
+            reset: true,
+            add,
+            remove: Vec::new(),
+        };
+        cluster.send(node, &item);
+    }
+
+    /// Tells all nodes that a client is here now. Resolves when all of them know, or should: from
+    /// then on they send this one what they write for its session.
+    pub(super) fn announce(
+        &self,
+        cluster: &Cluster,
+        mailbox: &Arc<Mailbox>,
+        epoch: u64,
+    ) -> Option<BoxFuture<'static, ()>> {
+        let session = mailbox.is_durable().then_some(mailbox.session);
+        let nodes = cluster.members.others();
+        if nodes.is_empty() {
+            return None;
+        }
+        let (told, all_told) = oneshot::channel();
+        let unaware = Unaware {
+            nodes: nodes.into_iter().collect(),
+            mailbox: mailbox.clone(),
+            told: Some(told),
+        };
+        let key = (mailbox.client_id.clone(), epoch);
+        self.peers.unaware.lock().insert(key, unaware);
+        cluster.broadcast(&Item::Own {
+            client_id: mailbox.client_id.clone(),
+            session,
+            epoch,
+        });
+        Some(Box::pin(async move {
+            let _ = tokio::time::timeout(ANSWER_TIMEOUT, all_told).await;
+        }))
+    }
+
+    /// Expects that the last node of a client lets its session go.
+    pub(super) fn expect_session(
+        &self,
+        client_id: &Arc<str>,
+        epoch: u64,
+        node: u32,
+    ) -> impl Future<Output = Option<Vec<InFlightMessage>>> + use<> {
+        let (let_go, receiver) = oneshot::channel();
+        let expected = Expected {
+            node,
+            epoch,
+            let_go,
+        };
+        let mut all = self.peers.expected.lock();
+        // Whoever waited before for the same client has been superseded.
+        all.insert(client_id.clone(), expected);
+        async move {
+            let taken = tokio::time::timeout(ANSWER_TIMEOUT, receiver).await;
+            taken.ok().and_then(Result::ok)
+        }
+    }
+
+    /// Something that another node has sent.
+    pub(crate) fn receive(&self, cluster: &Cluster, from: u32, item: Item) {
+        match item {
+            Item::Deliver { session, chunk } => {
+                if let Some(mailbox) = self.shared.mailbox(session) {
+                    mailbox.push_committed(&chunk);
+                }
+            }
+            Item::Pass {
+                session,
+                qos,
+                retain,
+                subscription_identifiers,
+                message,
+            } => {
+                if let Some(mailbox) = self.shared.mailbox(session) {
+                    mailbox.push(Delivery {
+                        message,
+                        qos,
+                        retain,
+                        subscription_identifiers,
+                        origin: Origin::Memory,
+                    });
+                }
+            }
+            Item::Publish { message, publisher } => {
+                self.publish_from_elsewhere(&message, &publisher);
+            }
+            Item::Own {
+                client_id,
+                session,
+                epoch,
+            } => {
+                self.client_moved(&client_id, session, epoch, from);
+                cluster.send(from, &Item::OwnAck { client_id, epoch });
+            }
+            Item::OwnAck { client_id, epoch } => self.is_aware(&(client_id, epoch), from),
+            Item::Taken {
+                client_id,
+                epoch,
+                in_flight,
+            } => {
+                let mut all = self.peers.expected.lock();
+                let is_expected = all
+                    .get(&client_id)
+                    .is_some_and(|expected| (expected.node, expected.epoch) == (from, epoch));
+                if is_expected && let Some(expected) = all.remove(&client_id) {
+                    // Whoever waited may have given up.
+                    let _ = expected.let_go.send(in_flight);
+                }
+            }
+            Item::Disown { session, epoch } => {
+                let place = Place {
+                    session: Some(session),
+                    epoch,
+                    node: None,
+                };
+                if let Some(mailbox) = self.shared.mailbox(session)
+                    && self.shared.place(&mailbox.client_id, place)
+                {
+                    mailbox.set_holder(None);
+                }
+            }
+            Item::Route { reset, add, remove } => {
+                let mut routes = self.peers.routes.lock();
+                let known = routes.entry(from).or_default();
+                if reset {
+                    for filter in known.drain() {
+                        self.subscriptions.remove_node(&filter.filter, from);
+                    }
+                }
+                for filter in add {
+                    self.subscriptions.add_node(&filter.filter, from);
+                    known.insert(filter);
+                }
+                for filter in remove {
+                    self.subscriptions.remove_node(&filter.filter, from);
+                    known.remove(&filter);
+                }
+            }
+            Item::Log(position) => cluster.follow_later(position),
+        }
+    }
+
+    /// Delivers what a client of another node has published, to the clients here whose sessions end
+    /// with their connections. The inboxes of the others were seen to there.
+    fn publish_from_elsewhere(&self, message: &Message, publisher: &Arc<str>) {
+        let (matches, _) = self.subscriptions.matches(message.topic());
+        for found in &matches.sessions {
+            if !found.mailbox.is_durable() {
+                // [MQTT-3.8.3-3], of a client that has moved here meanwhile.
+                let own = found.mailbox.client_id == *publisher;
+                let terms = if own {
+                    found.own_terms.as_ref()
+                } else {
+                    Some(&found.terms)
+                };
+                if let Some(terms) = terms {
+                    found.mailbox.push(terms.delivery(message));
+                }
+            }
+        }
+    }
+
+    fn client_moved(
+        &self,
+        client_id: &Arc<str>,
+        session: Option<SessionId>,
+        epoch: u64,
+        node: u32,
+    ) {
+        let before = self.shared.place_of(client_id);
+        // Where a client is whose session ends with its connection is its node's business alone.
+        let place = Place {
+            session,
+            epoch,
+            node: session.map(|_| node),
+        };
+        if !self.shared.place(client_id, place) {
+            return;
+        }
+        if let Some(session) = session {
+            let mailbox = self
+                .shared
+                .mailbox_or(session, || self.shared_mailbox(session, client_id.clone()));
+            let detached = self.let_go(client_id, &mailbox, Some(node));
+            let was_here = before.is_some_and(|place| place.node == Some(self.flusher.node));
+            if self.clients.connected(client_id).is_none() && (was_here || detached.is_some()) {
+                let exchanges = detached.map(|detached| detached.exchanges);
+                let in_flight = exchanges.map(|exchanges| exchanges.outbound.at_least_once());
+                self.say_taken(client_id, in_flight.unwrap_or_default());
+            }
+        }
+        let before = before.and_then(|place| place.session);
+        if let Some(mailbox) = self.clients.connected(client_id)
+            && Some(mailbox.session) != session
+        {
+            self.let_go(client_id, &mailbox, None);
+        } else if let Some(before) = before.filter(|before| Some(*before) != session)
+            && let Some(mailbox) = self.shared.mailbox(before)
+        {
+            self.let_go(client_id, &mailbox, None);
+        }
+    }
+
+    fn is_aware(&self, key: &(Arc<str>, u64), node: u32) {
+        let mut all = self.peers.unaware.lock();
+        let Some(unaware) = all.get_mut(key).filter(|it| it.nodes.contains(&node)) else {
+            // It has joined meanwhile: what it wrote before was for whoever had the client then.
+            let place = self.shared.place_of(&key.0);
+            let here = Some(self.flusher.node);
+            let place = place.filter(|place| place.epoch == key.1 && place.node == here);
+            if let Some(mailbox) = place.and_then(|place| self.shared.mailbox(place.session?)) {
+                mailbox.doubt();
+            }
+            return;
+        };
+        unaware.nodes.remove(&node);
+        let is_late = unaware.told.as_ref().is_none_or(oneshot::Sender::is_closed);
+        if is_late {
+            unaware.mailbox.doubt();
+        }
+        if unaware.nodes.is_empty()
+            && let Some(unaware) = all.remove(key)
+            && let Some(told) = unaware.told
+        {
+            // Whoever waited may have given up.
+            let _ = told.send(());
+        }
+    }
+
+    /// A node is gone: nothing is expected of it any more, and what it may have written and not
+    /// handed on has to be looked for.
+    pub(crate) fn node_left(&self, node: u32) {
+        let routes = self.peers.routes.lock().remove(&node);
+        for filter in routes.into_iter().flatten() {
+            self.subscriptions.remove_node(&filter.filter, node);
+        }
+        let waiting: Vec<_> = {
+            let all = self.peers.unaware.lock();
+            let waiting = all
+                .iter()
+                .filter(|(_, unaware)| unaware.nodes.contains(&node));
+            waiting.map(|(key, _)| key.clone()).collect()
+        };
+        for key in &waiting {
+            self.is_aware(key, node);
+        }
+        for (client_id, place) in self.shared.clients_at(node) {
+            let place = Place {
+                node: None,
+                ..place
+            };
+            if self.shared.place(&client_id, place)
+                && let Some(session) = place.session
+                && let Some(mailbox) = self.shared.mailbox(session)
+            {
+                mailbox.set_holder(None);
+            }
+        }
+        self.look_for_messages();
+    }
+
+    /// Reads every inbox of this node's clients again: messages may have got lost on their way from
+    /// another node.
+    pub(crate) fn look_for_messages(&self) {
+        for mailbox in self.shared.mailboxes() {
+            mailbox.doubt();
+        }
+    }
+
+    /// Applies what other nodes have logged, up to `positions`.
+    pub(crate) async fn follow(
+        &self,
+        cluster: &Cluster,
+        positions: &[LogPosition],
+    ) -> Result<(), StoreError> {
+        let mut followed = self.peers.followed.lock().await;
+        for position in positions {
+            let entry = followed.get(&position.node).copied().unwrap_or(0);
+            if position.node == self.flusher.node || position.entry <= entry {
+                continue;
+            }
+            let from = LogPosition { entry, ..*position };
+            match cluster.store.read_log(from).await? {
+                Some(entries) => {
+                    for entry in entries {
+                        followed.insert(entry.position.node, entry.position.entry);
+                        self.apply(entry);
+                    }
+                }
+                None => {
+                    let mut sessions = Vec::new();
+                    let positions = cluster
+                        .store
+                        .load_subscriptions(|session| sessions.push(session))
+                        .await?;
+                    for session in sessions {
+                        self.take_up(session);
+                    }
+                    for position in positions {
+                        followed.insert(position.node, position.entry);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes up all sessions of the cluster as the node starts.
+    pub(crate) async fn load_shared(&self, cluster: &Cluster) -> Result<(), StoreError> {
+        let mut followed = self.peers.followed.lock().await;
+        let positions = cluster
+            .store
+            .load_subscriptions(|session| self.take_up(session))
+            .await?;
+        followed.extend(
+            positions
+                .iter()
+                .map(|position| (position.node, position.entry)),
+        );
+        Ok(())
+    }
+
+    fn take_up(&self, session: SharedSession) {
+        let Owner::Client(client_id) = &session.owner else {
+            return;
+        };
+        let place = Place {
+            session: Some(session.session),
+            epoch: session.epoch,
+            node: session.node.filter(|node| *node != self.flusher.node),
+        };
+        let mailbox = self.shared.mailbox_or(session.session, || {
+            self.shared_mailbox(session.session, client_id.clone())
+        });
+        if self.shared.place(client_id, place) {
+            mailbox.set_holder(place.node);
+        }
+        for subscription in session.subscriptions {
+            self.learn(
+                &mailbox,
+                session.epoch,
+                subscription.filter,
+                subscription.options,
+                subscription.identifier,
+            );
+        }
+    }
+
+    fn apply(&self, entry: LogEntry) {
+        for LogOp {
+            session,
+            epoch,
+            action,
+        } in entry.ops
+        {
+            match action {
+                LogAction::Subscribe {
+                    owner: Owner::Client(client_id),
+                    filter,
+                    options,
+                    identifier,
+                } => {
+                    if self.shared.has_ended(session) {
+                        continue;
+                    }
+                    let mailbox = self
+                        .shared
+                        .mailbox_or(session, || self.shared_mailbox(session, client_id));
+                    self.learn(&mailbox, epoch, filter, options, identifier);
+                }
+                LogAction::Unsubscribe(filter) => {
+                    if self.shared.note(session, &filter, epoch, None) != Noted::Nothing
+                        && let Some(mailbox) = self.shared.mailbox(session)
+                    {
+                        self.subscriptions.unsubscribe(&filter.filter, &mailbox);
+                    }
+                }
+                LogAction::End => self.forget_session(session),
+                LogAction::Subscribe { .. } | LogAction::OpenGroup(_) => {}
+            }
+        }
+    }
+
+    fn learn(
+        &self,
+        mailbox: &Arc<Mailbox>,
+        epoch: u64,
+        filter: SubscriptionFilter,
+        options: SubscribeOptions,
+        identifier: Option<u32>,
+    ) {
+        let terms = Some((options, identifier));
+        let noted = self.shared.note(mailbox.session, &filter, epoch, terms);
+        if noted == Noted::Nothing {
+            return;
+        }
+        let version = self
+            .subscriptions
+            .subscribe(&filter.filter, mailbox, options, identifier);
+        if noted == Noted::Changed {
+            return;
+        }
+        self.shared.learn(Learned {
+            version,
+            mailbox: mailbox.clone(),
+            filter,
+            options,
+            identifier,
+        });
+    }
+
+    /// Nothing more is for a session that has ended.
+    pub(super) fn forget_session(&self, session: SessionId) {
+        if let Some(cluster) = &self.cluster {
+            cluster.store.forget(session, u64::MAX);
+        }
+        if let Some((mailbox, filters)) = self.shared.end(session) {
+            for filter in filters {
+                self.subscriptions.unsubscribe(&filter.filter, &mailbox);
+            }
+        }
+    }
+
+    /// The mailbox of a session that other nodes write to as well.
+    pub(super) fn shared_mailbox(&self, session: SessionId, client_id: Arc<str>) -> Arc<Mailbox> {
+        self.mailbox(session, client_id, None, true, InboxSummary::default())
+    }
+}

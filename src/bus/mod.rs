@@ -1,0 +1,59 @@
+//! Between nodes: the port to whatever carries frames, and what is in them.
+//!
+//! A bus may lose frames, repeat them and change their order; `cluster::link` sees to it that
+//! nobody notices. It never looks into a frame. [`wire`] is the format of the frames, the same on
+//! every bus.
+//!
+//! Start reading at [`Bus`].
+
+pub(crate) mod mongodb;
+pub(crate) mod wire;
+
+#[cfg(test)]
+pub(crate) mod mongod;
+
+use std::fmt;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+/// Who is to get a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Destination {
+    Node(u32),
+    /// Every node, the sending one included.
+    All,
+}
+
+/// Carries frames of a few KiB, at most [`FRAME_BYTES_MAX`], to other nodes.
+#[async_trait]
+pub(crate) trait Bus: fmt::Debug + Send + Sync {
+    /// Sends frames, and does so in this order. A caller that stops waiting does not undo it.
+    ///
+    /// # Errors
+    /// `BusError` if any of them may not have been sent.
+    async fn send(&self, frames: Vec<(Destination, Bytes)>) -> Result<(), BusError>;
+
+    /// Yields the frames for this node and for all of them that are sent once this has returned,
+    /// mostly in order. After a lost connection it goes on by itself, and may then leave out
+    /// frames and repeat old ones. Whoever does not take them quickly enough misses some.
+    ///
+    /// # Errors
+    /// `BusError` if that cannot begin.
+    async fn subscribe(&self) -> Result<mpsc::Receiver<Bytes>, BusError>;
+}
+
+/// The largest frame that every bus can carry: a document of MongoDB has 16 MiB.
+pub(crate) const FRAME_BYTES_MAX: usize = 15 * 1024 * 1024;
+
+/// The outside failed us.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum BusError {
+    #[error("bus: not available: {0}")]
+    Unavailable(String),
+    #[error(
+        "bus: the collection {0} is not capped; stop all nodes and drop it, midge makes it anew"
+    )]
+    NotCapped(String),
+}

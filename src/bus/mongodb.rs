@@ -1,0 +1,424 @@
+//! Frames in a capped collection, which every node reads at its end.
+//!
+//! A document is `{_id: ObjectId, to: long, f: Binary}`, `to` being a node or 0 for all. The
+//! collection keeps them in the order in which they were inserted and overwrites the oldest.
+//! A reader finds its place again by time: an ObjectId begins with the second at which its sender
+//! made it.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use mongodb::bson::oid::ObjectId;
+use mongodb::bson::raw::{CStr, cstr};
+use mongodb::bson::spec::BinarySubtype;
+use mongodb::bson::{RawBinaryRef, RawDocument, RawDocumentBuf, doc};
+use mongodb::error::{Error, ErrorKind};
+use mongodb::options::{
+    Acknowledgment, CollectionOptions, CursorType, Hint, ReadConcern, ReadPreference,
+    SelectionCriteria, WriteConcern,
+};
+use mongodb::raw_batch_cursor::RawBatchCursor;
+use mongodb::{Collection, Database};
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+
+use super::{Bus, BusError, Destination};
+
+const COLLECTION: &str = "bus";
+
+/// Bytes of frames that the collection keeps. Too few, and a node that stops for a moment misses
+/// some; a cursor that is opened anew looks at all of them.
+pub(crate) const CAPPED_BYTES: u64 = 256 * 1024 * 1024;
+
+const TO_ALL: i64 = 0;
+
+const TO: &CStr = cstr!("to");
+const FRAME: &CStr = cstr!("f");
+
+/// How long the server may take for an insert, or to say that there is nothing new, which it does
+/// every second. Afterwards the connection counts as dead.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+const REOPEN_DELAY: Duration = Duration::from_millis(200);
+
+/// Frames that have been read and wait for whoever subscribed; the rest waits in the collection.
+const READ_AHEAD_FRAMES: usize = 64;
+
+/// How far the clocks of two nodes may be apart in their ObjectIds. Further, and frames are missed
+/// when a cursor is lost: they have to be asked for again.
+const CLOCK_SKEW_SECONDS: u32 = 120;
+
+/// The code of the server for a collection that is already there.
+const NAMESPACE_EXISTS: i32 = 48;
+
+/// A bus for when there is no Redis.
+#[derive(Clone, Debug)]
+pub(crate) struct MongoBus {
+    node: i64,
+    collection: Collection<RawDocumentBuf>,
+}
+
+impl MongoBus {
+    /// Makes the collection if it is not there; one that is keeps its size.
+    ///
+    /// # Errors
+    /// `BusError` if it cannot be made or is not capped.
+    pub(crate) async fn open(
+        database: &Database,
+        node: u32,
+        capped_bytes: u64,
+    ) -> Result<Self, BusError> {
+        let created = database
+            .create_collection(COLLECTION)
+            .capped(true)
+            .size(capped_bytes)
+            .await;
+        match created {
+            Err(error) if is_command_error(&error, NAMESPACE_EXISTS) => {
+                require_capped(database).await?;
+            }
+            other => other?,
+        }
+        // What the end of the collection may lose in a fail-over, links send again.
+        let options = CollectionOptions::builder()
+            .write_concern(WriteConcern::builder().w(Acknowledgment::Nodes(1)).build())
+            .read_concern(ReadConcern::local())
+            .selection_criteria(SelectionCriteria::ReadPreference(ReadPreference::Primary))
+            .build();
+        Ok(Self {
+            node: node.into(),
+            collection: database.collection_with_options(COLLECTION, options),
+        })
+    }
+
+    async fn insert(&self, documents: Vec<RawDocumentBuf>) -> Result<(), BusError> {
+        let collection = self.collection.clone();
+        // A task of its own: the driver must not be interrupted in the middle of a command.
+        let inserting =
+            tokio::spawn(async move { collection.insert_many(documents).ordered(true).await });
+        match timeout(ANSWER_TIMEOUT, inserting).await {
+            Ok(Ok(inserted)) => inserted.map(drop).map_err(BusError::from),
+            Ok(Err(stopped)) => Err(BusError::Unavailable(stopped.to_string())),
+            Err(late) => Err(BusError::Unavailable(late.to_string())),
+        }
+    }
+
+    /// A document that marks how far the collection goes now. It also keeps the collection from
+    /// being empty: there the server closes a cursor at once.
+    async fn insert_marker(&self) -> Result<ObjectId, BusError> {
+        let id = ObjectId::new();
+        self.insert(vec![document(id, self.node, &[])]).await?;
+        Ok(id)
+    }
+
+    /// A cursor over what was sent around `id` or later, the oldest first.
+    async fn open_cursor(&self, id: ObjectId) -> Result<RawBatchCursor, BusError> {
+        let from = id
+            .timestamp()
+            .timestamp_millis()
+            .saturating_div(1000)
+            .saturating_sub(CLOCK_SKEW_SECONDS.into());
+        let from = ObjectId::from_parts(u32::try_from(from).unwrap_or(0), [0; 5], [0; 3]);
+        let filter = doc! { "to": { "$in": [self.node, TO_ALL] }, "_id": { "$gte": from } };
+        let find = self
+            .collection
+            .find(filter)
+            .cursor_type(CursorType::TailableAwait)
+            .hint(Hint::Keys(doc! { "$natural": 1 }))
+            .batch();
+        Ok(find.await?)
+    }
+}
+
+#[async_trait]
+impl Bus for MongoBus {
+    async fn send(&self, frames: Vec<(Destination, Bytes)>) -> Result<(), BusError> {
+        let documents = frames
+            .iter()
+            .map(|(to, frame)| {
+                let to = match to {
+                    Destination::Node(node) => i64::from(*node),
+                    Destination::All => TO_ALL,
+                };
+                document(ObjectId::new(), to, frame)
+            })
+            .collect();
+        self.insert(documents).await
+    }
+
+    async fn subscribe(&self) -> Result<mpsc::Receiver<Bytes>, BusError> {
+        let marker = self.insert_marker().await?;
+        let cursor = self.open_cursor(marker).await?;
+        let (sender, frames) = mpsc::channel(READ_AHEAD_FRAMES);
+        let tail = Tail {
+            bus: self.clone(),
+            last: marker,
+            begin_after: Some(marker),
+            frames: sender,
+        };
+        // Ends when nobody takes frames any more.
+        tokio::spawn(tail.run(cursor));
+        Ok(frames)
+    }
+}
+
+/// Follows the end of the collection.
+struct Tail {
+    bus: MongoBus,
+    /// The last document that was read.
+    last: ObjectId,
+    /// The document at which reading begins; older ones were not sent to this subscriber.
+    begin_after: Option<ObjectId>,
+    frames: mpsc::Sender<Bytes>,
+}
+
+impl Tail {
+    async fn run(mut self, mut cursor: RawBatchCursor) {
+        let frames = self.frames.clone();
+        tokio::select! {
+            () = frames.closed() => {}
+            () = async {
+                loop {
+                    let reason = self.follow(&mut cursor).await;
+                    tracing::warn!(event = "bus_cursor_lost", %reason, "reading it anew");
+                    cursor = self.reopen().await;
+                }
+            } => {}
+        }
+    }
+
+    /// Returns why the cursor yields nothing more.
+    async fn follow(&mut self, cursor: &mut RawBatchCursor) -> BusError {
+        let failed = |reason: &dyn ToString| BusError::Unavailable(reason.to_string());
+        loop {
+            let batch = match timeout(ANSWER_TIMEOUT, cursor.next()).await {
+                Ok(Some(Ok(batch))) => batch,
+                Ok(Some(Err(error))) => return error.into(),
+                Ok(None) => return failed(&"the server closed the cursor"),
+                Err(late) => return failed(&late),
+            };
+            let documents = match batch.doc_slices() {
+                Ok(documents) => documents,
+                Err(error) => return error.into(),
+            };
+            for document in documents {
+                let document = document.ok().and_then(|value| value.as_document());
+                let Some((id, frame)) = document.and_then(read_document) else {
+                    return failed(&"a document is not one of ours");
+                };
+                self.last = id;
+                if self.begin_after == Some(id) {
+                    self.begin_after = None;
+                }
+                let is_marker = frame.is_empty();
+                if !is_marker && self.begin_after.is_none() {
+                    // Closed: the caller sees that as well.
+                    let _ = self.frames.send(Bytes::copy_from_slice(frame)).await;
+                }
+            }
+        }
+    }
+
+    /// A cursor that begins before the place at which the last one was lost.
+    async fn reopen(&mut self) -> RawBatchCursor {
+        loop {
+            sleep(REOPEN_DELAY).await;
+            match self.try_reopen().await {
+                Ok(cursor) => return cursor,
+                Err(error) => {
+                    tracing::debug!(event = "bus_cursor_not_opened", %error);
+                }
+            }
+        }
+    }
+
+    async fn try_reopen(&mut self) -> Result<RawBatchCursor, BusError> {
+        let marker = self.bus.insert_marker().await?;
+        if self.begin_after.is_some() {
+            // The old one may have been overwritten, and would be waited for in vain.
+            self.begin_after = Some(marker);
+        }
+        self.bus.open_cursor(self.last).await
+    }
+}
+
+fn document(id: ObjectId, to: i64, frame: &[u8]) -> RawDocumentBuf {
+    let mut document = RawDocumentBuf::new();
+    document.append(cstr!("_id"), id);
+    document.append(TO, to);
+    let frame = RawBinaryRef {
+        subtype: BinarySubtype::Generic,
+        bytes: frame,
+    };
+    document.append(FRAME, frame);
+    document
+}
+
+fn read_document(document: &RawDocument) -> Option<(ObjectId, &[u8])> {
+    let id = document.get_object_id("_id").ok()?;
+    let frame = document.get_binary("f").ok()?;
+    Some((id, frame.bytes))
+}
+
+async fn require_capped(database: &Database) -> Result<(), BusError> {
+    let mut collections = database
+        .list_collections()
+        .filter(doc! { "name": COLLECTION })
+        .await?;
+    while let Some(collection) = collections.next().await {
+        if collection?.options.capped != Some(true) {
+            return Err(BusError::NotCapped(format!(
+                "{}.{COLLECTION}",
+                database.name()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn is_command_error(error: &Error, code: i32) -> bool {
+    matches!(&*error.kind, ErrorKind::Command(command) if command.code == code)
+}
+
+impl From<Error> for BusError {
+    fn from(error: Error) -> Self {
+        Self::Unavailable(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::bus::mongod::Mongod;
+
+    const MEBIBYTE: u64 = 1024 * 1024;
+
+    fn frame(number: u32) -> Bytes {
+        Bytes::copy_from_slice(&number.to_be_bytes())
+    }
+
+    fn to(destination: Destination, numbers: std::ops::Range<u32>) -> Vec<(Destination, Bytes)> {
+        numbers.map(|number| (destination, frame(number))).collect()
+    }
+
+    async fn take(frames: &mut mpsc::Receiver<Bytes>, count: usize) -> Vec<Bytes> {
+        let mut taken = Vec::new();
+        while taken.len() < count {
+            taken.push(frames.recv().await.unwrap());
+        }
+        taken
+    }
+
+    fn numbered(numbers: std::ops::Range<u32>) -> Vec<Bytes> {
+        numbers.map(frame).collect()
+    }
+
+    #[tokio::test]
+    async fn frames_come_to_whom_they_were_sent_in_order() {
+        let mongod = Mongod::shared().await;
+        let database = mongod.database().await;
+        let one = MongoBus::open(&database, 1, 16 * MEBIBYTE).await.unwrap();
+        let two = MongoBus::open(&database, 2, 16 * MEBIBYTE).await.unwrap();
+        one.send(to(Destination::All, 0..5)).await.unwrap();
+        let (mut at_one, mut at_two) = (
+            one.subscribe().await.unwrap(),
+            two.subscribe().await.unwrap(),
+        );
+
+        one.send(to(Destination::Node(2), 10..5_000)).await.unwrap();
+        two.send(to(Destination::Node(1), 5_000..10_000))
+            .await
+            .unwrap();
+        two.send(to(Destination::All, 10_000..10_002))
+            .await
+            .unwrap();
+        one.send(to(Destination::Node(2), 10_002..10_003))
+            .await
+            .unwrap();
+
+        let expected = [numbered(10..5_000), numbered(10_000..10_003)].concat();
+        assert_eq!(take(&mut at_two, expected.len()).await, expected);
+        let expected = numbered(5_000..10_002);
+        assert_eq!(take(&mut at_one, expected.len()).await, expected);
+        mongod.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_killed_cursor_misses_nothing() {
+        let mongod = Mongod::start().await;
+        let database = mongod.database().await;
+        let bus = MongoBus::open(&database, 1, MEBIBYTE).await.unwrap();
+        let mut frames = bus.subscribe().await.unwrap();
+        bus.send(to(Destination::All, 0..10)).await.unwrap();
+        assert_eq!(take(&mut frames, 10).await, numbered(0..10));
+
+        let admin = database.client().database("admin");
+        admin
+            .run_command(doc! { "killAllSessions": [] })
+            .await
+            .unwrap();
+        bus.send(to(Destination::All, 10..20)).await.unwrap();
+        // Frames may come again.
+        let mut last = 9;
+        while last < 19 {
+            let number = u32::from_be_bytes((*frames.recv().await.unwrap()).try_into().unwrap());
+            assert!(number <= last + 1, "{number} after {last}");
+            last = last.max(number);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_restarted_server_is_found_again() {
+        let mut mongod = Mongod::start().await;
+        let database = mongod.database().await;
+        let bus = MongoBus::open(&database, 1, MEBIBYTE).await.unwrap();
+        let mut frames = bus.subscribe().await.unwrap();
+
+        mongod.restart();
+        while bus.send(to(Destination::Node(1), 7..8)).await.is_err() {}
+        assert_eq!(take(&mut frames, 1).await, numbered(7..8));
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_was_overtaken_goes_on_with_what_is_left() {
+        let mongod = Mongod::shared().await;
+        let database = mongod.database().await;
+        let bus = MongoBus::open(&database, 1, MEBIBYTE).await.unwrap();
+        let mut frames = bus.subscribe().await.unwrap();
+        // Read ahead are at most an answer of 16 MiB and the frames in the channel.
+        for number in 0_u32..200 {
+            let mut frame = vec![0; 256 * 1024];
+            frame.extend(number.to_be_bytes());
+            bus.send(vec![(Destination::All, frame.into())])
+                .await
+                .unwrap();
+        }
+
+        let mut numbers = BTreeSet::new();
+        while !numbers.contains(&199) {
+            let frame = frames.recv().await.unwrap();
+            numbers.insert(u32::from_be_bytes(*frame.last_chunk().unwrap()));
+        }
+        assert!(numbers.contains(&0));
+        assert!(numbers.len() < 200);
+        mongod.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_collection_that_is_not_capped_is_refused() {
+        let mongod = Mongod::shared().await;
+        let database = mongod.database().await;
+        database.create_collection(COLLECTION).await.unwrap();
+
+        let refused = MongoBus::open(&database, 1, MEBIBYTE).await.unwrap_err();
+        let BusError::NotCapped(collection) = refused else {
+            panic!("{refused}");
+        };
+        assert_eq!(collection, format!("{}.{COLLECTION}", database.name()));
+        mongod.end().await;
+    }
+}

@@ -1,0 +1,393 @@
+//! Links: what nodes tell each other comes in order and once, or they learn that it was lost.
+//!
+//! Every node sends a stream of frames to each other one, and a stream to all. A bus may lose,
+//! repeat and reorder frames: they are numbered, whoever misses some asks for them, and who sent
+//! them keeps the last ones. What cannot be had any more is reported as lost, and then read from
+//! the store. There is an order within a stream, and none between two.
+//!
+//! Everything waits in [`outgoing`] for [`Links::send_frames`], which sends what has gathered while
+//! the bus carried the last frames. [`receiver`] is the other end; [`marks`] is how far the other
+//! nodes are.
+
+mod incoming;
+mod marks;
+mod outgoing;
+mod receiver;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hashbrown::{HashMap, HashSet};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::bus::wire::{self, Header, Item, Signal, Stamp, Stream};
+use crate::bus::{Bus, Destination};
+
+pub(crate) use marks::Marks;
+
+use outgoing::Outgoing;
+use receiver::Receiver;
+
+/// How often a node says that it is there, and how far it is.
+const BEAT_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Bytes of frames held for each stream: those that wait, and those that may be asked for again.
+const STREAM_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// The same for all streams together.
+const BYTES_MAX: usize = 128 * 1024 * 1024;
+
+/// How far this node is, and where it hears how far the others are.
+pub(crate) trait Clock: Send + Sync {
+    /// A message may count as durable only after everything that has to be said of it was given
+    /// to [`Links::send`]. Must not call [`Links`].
+    fn stamp(&self) -> Stamp;
+
+    /// A frame came, in whatever order. The clock must not stay behind that of the header, or
+    /// those who want a mark of it wait for ever.
+    fn observe(&self, header: &Header);
+}
+
+/// Takes what other nodes send. Called from one task, and does not block it.
+pub(crate) trait Handler: Send + Sync {
+    /// In order within a stream, and once.
+    fn receive(&self, header: &Header, item: Item);
+
+    /// Some of what a node sent before whatever comes now will never come.
+    fn lost(&self, from: u32);
+}
+
+/// The links of one node to all others.
+pub(crate) struct Links {
+    node: u32,
+    bus: Arc<dyn Bus>,
+    clock: Arc<dyn Clock>,
+    sending: Mutex<Sending>,
+    /// There may be something to send.
+    work: Notify,
+    /// Somebody waits for this node to be durable up to a clock value.
+    mark_promised: AtomicBool,
+    membership: Mutex<Membership>,
+    membership_changed: Notify,
+    marks: Marks,
+    counters: Counters,
+}
+
+struct Sending {
+    all: Outgoing,
+    direct: HashMap<u32, Outgoing>,
+    /// What stands outside of streams: frames that were asked for again, and signals.
+    unordered: Vec<(u32, Bytes)>,
+    unordered_bytes: usize,
+    next_beat: Instant,
+}
+
+#[derive(Default)]
+struct Membership {
+    alive: HashSet<u32>,
+    /// Nodes that were alive once. No number is used twice.
+    gone: HashSet<u32>,
+}
+
+/// Totals since the start.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) frames_sent: AtomicU64,
+    pub(crate) frames_received: AtomicU64,
+    pub(crate) items_sent: AtomicU64,
+    pub(crate) items_received: AtomicU64,
+    /// Frames that were asked for again, and sent again.
+    pub(crate) resends: AtomicU64,
+    /// Times that frames of other nodes were missing and asked for.
+    pub(crate) gaps: AtomicU64,
+    /// Times that they could not be had.
+    pub(crate) lost: AtomicU64,
+    pub(crate) duplicates: AtomicU64,
+    pub(crate) malformed: AtomicU64,
+    /// Times that something was too large for a frame, or that frames waited too long to be sent
+    /// and were left out.
+    pub(crate) left_out: AtomicU64,
+    /// Calls of the bus that failed.
+    pub(crate) send_failures: AtomicU64,
+}
+
+impl Links {
+    /// `node` is a number that no other process has or had, greater than those of all that
+    /// started before.
+    pub(crate) fn new(node: u32, bus: Arc<dyn Bus>, clock: Arc<dyn Clock>) -> Self {
+        Self {
+            node,
+            bus,
+            clock,
+            sending: Mutex::new(Sending {
+                all: Outgoing::new(Stream::All),
+                direct: HashMap::new(),
+                unordered: Vec::new(),
+                unordered_bytes: 0,
+                next_beat: Instant::now(),
+            }),
+            work: Notify::new(),
+            mark_promised: AtomicBool::new(false),
+            membership: Mutex::default(),
+            membership_changed: Notify::new(),
+            marks: Marks::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Sends until `stop`; what waits then is still sent.
+    pub(crate) async fn send_frames(&self, stop: &CancellationToken) {
+        let mut is_failing = false;
+        loop {
+            let frames = self.seal();
+            if frames.is_empty() {
+                if stop.is_cancelled() {
+                    return;
+                }
+                let next_beat = self.sending.lock().next_beat;
+                tokio::select! {
+                    () = self.work.notified() => {}
+                    () = tokio::time::sleep_until(next_beat) => {}
+                    () = stop.cancelled() => {}
+                }
+                continue;
+            }
+            count(&self.counters.frames_sent, frames.len() as u64);
+            // Whoever misses what was not sent asks for it.
+            match self.bus.send(frames).await {
+                Ok(()) if is_failing => {
+                    is_failing = false;
+                    tracing::info!(event = "bus_recovered");
+                }
+                Ok(()) => {}
+                Err(error) => {
+                    count(&self.counters.send_failures, 1);
+                    if !is_failing {
+                        is_failing = true;
+                        tracing::warn!(event = "bus_failed", %error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Receives until `stop`, or until the bus ends, which it never does by itself. `frames` come
+    /// from [`Bus::subscribe`].
+    pub(crate) async fn receive_frames(
+        &self,
+        frames: mpsc::Receiver<Bytes>,
+        handler: &dyn Handler,
+        stop: &CancellationToken,
+    ) {
+        Receiver::new(self, handler).run(frames, stop).await;
+    }
+
+    /// Queues an item, without waiting. When the bus does not keep up, the oldest are left out and
+    /// the other end learns that they are lost.
+    pub(crate) fn send(&self, to: Destination, item: &Item) {
+        count(&self.counters.items_sent, 1);
+        self.add(to, |frame| item.put(frame));
+    }
+
+    /// Asks all nodes to say when they are durable up to `hlc`, instead of at their next beat.
+    pub(crate) fn want_marks(&self, hlc: u64) {
+        self.add(Destination::All, |frame| {
+            Signal::WantMark { hlc }.put(frame)
+        });
+    }
+
+    /// The clock says that more is durable now. Cheap.
+    pub(crate) fn durable_advanced(&self) {
+        if self.mark_promised.load(Ordering::Acquire) {
+            self.work.notify_one();
+        }
+    }
+
+    /// The nodes that take part, this one included or not. Those that no longer do are forgotten
+    /// and not listened to any more.
+    pub(crate) fn set_alive(&self, nodes: &[u32]) {
+        let alive: HashSet<u32> = nodes
+            .iter()
+            .copied()
+            .filter(|node| *node != self.node)
+            .collect();
+        let gone: Vec<u32> = {
+            let mut membership = self.membership.lock();
+            let gone: Vec<u32> = membership.alive.difference(&alive).copied().collect();
+            membership.gone.extend(&gone);
+            membership.alive = alive.clone();
+            gone
+        };
+        self.marks.set_alive(alive.into_iter());
+        if gone.is_empty() {
+            return;
+        }
+        let mut sending = self.sending.lock();
+        for node in gone {
+            self.marks.forget(node);
+            sending.direct.remove(&node);
+        }
+        drop(sending);
+        self.membership_changed.notify_one();
+    }
+
+    pub(crate) fn marks(&self) -> &Marks {
+        &self.marks
+    }
+
+    fn is_gone(&self, node: u32) -> bool {
+        self.membership.lock().gone.contains(&node)
+    }
+
+    fn add(&self, to: Destination, put: impl FnOnce(&mut Vec<u8>)) {
+        if matches!(to, Destination::Node(node) if node == self.node || self.is_gone(node)) {
+            return;
+        }
+        let mut sending = self.sending.lock();
+        let bytes_max = sending.stream_bytes_max();
+        if !sending.outgoing(to).add(bytes_max, put) {
+            count(&self.counters.left_out, 1);
+        }
+        drop(sending);
+        self.work.notify_one();
+    }
+
+    /// Says something outside of streams: nobody asks for it again if it is lost.
+    fn signal(&self, to: u32, signal: &Signal) {
+        let mut frame = wire::begin();
+        signal.put(&mut frame);
+        let header = Header {
+            from: self.node,
+            stream: Stream::Direct,
+            sequence: 0,
+            stamp: self.clock.stamp(),
+        };
+        let frame = wire::seal(frame, header);
+        self.sending.lock().add_unordered(to, frame);
+        self.work.notify_one();
+    }
+
+    /// Answers a node that misses frames.
+    fn send_again(&self, to: u32, stream: Stream, range: RangeInclusive<u64>) {
+        let mut sending = self.sending.lock();
+        let outgoing = match stream {
+            Stream::All => &sending.all,
+            Stream::Direct => sending.direct.entry(to).or_insert_with(new_direct),
+        };
+        let again = outgoing.again(&range);
+        for frame in again.frames {
+            if sending.add_unordered(to, frame) {
+                count(&self.counters.resends, 1);
+            }
+        }
+        drop(sending);
+        for range in again.gone {
+            let (first, last) = range.into_inner();
+            self.signal(
+                to,
+                &Signal::Gone {
+                    stream,
+                    first,
+                    last,
+                },
+            );
+        }
+        self.work.notify_one();
+    }
+
+    /// Sends a node a mark as soon as this node is durable up to `hlc`.
+    fn promise_mark(&self, to: u32, hlc: u64) {
+        let mut sending = self.sending.lock();
+        sending.outgoing(Destination::Node(to)).want_mark(hlc);
+        self.mark_promised.store(true, Ordering::Release);
+        drop(sending);
+        self.work.notify_one();
+    }
+
+    /// Everything that waits to be sent.
+    fn seal(&self) -> Vec<(Destination, Bytes)> {
+        // Before anything is taken out: all that had to be said of what is durable is there.
+        let stamp = self.clock.stamp();
+        let now = Instant::now();
+        let mut sending = self.sending.lock();
+        let Sending {
+            all,
+            direct,
+            unordered,
+            unordered_bytes,
+            next_beat,
+        } = &mut *sending;
+        *unordered_bytes = 0;
+        let mut frames: Vec<_> = unordered
+            .drain(..)
+            .map(|(node, frame)| (Destination::Node(node), frame))
+            .collect();
+        for (node, outgoing) in direct.iter_mut() {
+            let sealed = outgoing.seal(self.node, stamp).into_iter();
+            frames.extend(sealed.map(|frame| (Destination::Node(*node), frame)));
+        }
+        let mark_promised = direct.values().any(Outgoing::wants_mark);
+        self.mark_promised.store(mark_promised, Ordering::Release);
+        if *next_beat <= now {
+            *next_beat = now + BEAT_INTERVAL;
+            let sent = direct
+                .iter()
+                .map(|(node, outgoing)| (*node, outgoing.last()))
+                .collect();
+            all.add(STREAM_BYTES_MAX, |frame| Signal::Beat { sent }.put(frame));
+        }
+        let sealed = all.seal(self.node, stamp).into_iter();
+        frames.extend(sealed.map(|frame| (Destination::All, frame)));
+        frames
+    }
+}
+
+impl Sending {
+    fn outgoing(&mut self, to: Destination) -> &mut Outgoing {
+        match to {
+            Destination::All => &mut self.all,
+            Destination::Node(node) => self.direct.entry(node).or_insert_with(new_direct),
+        }
+    }
+
+    fn stream_bytes_max(&self) -> usize {
+        STREAM_BYTES_MAX.min(BYTES_MAX / (self.direct.len() + 1))
+    }
+
+    /// Returns whether there was room.
+    fn add_unordered(&mut self, to: u32, frame: Bytes) -> bool {
+        if self.unordered_bytes > STREAM_BYTES_MAX {
+            return false;
+        }
+        self.unordered_bytes += frame.len();
+        self.unordered.push((to, frame));
+        true
+    }
+}
+
+fn new_direct() -> Outgoing {
+    Outgoing::new(Stream::Direct)
+}
+
+fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+impl fmt::Debug for Links {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Links")
+            .field("node", &self.node)
+            .field("bus", &self.bus)
+            .finish_non_exhaustive()
+    }
+}

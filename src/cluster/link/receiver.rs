@@ -1,0 +1,248 @@
+//! The task that takes frames from the bus: puts them in order, asks for those that are missing,
+//! and hands on what they hold.
+
+use bytes::Bytes;
+use hashbrown::{HashMap, HashSet};
+use tokio::sync::mpsc;
+use tokio::time::{self, Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::incoming::{Incoming, NACK_INTERVAL, Repair};
+use super::{Handler, Links, count};
+use crate::bus::wire::{Content, Frame, Header, Signal, Stream};
+
+pub(super) struct Receiver<'a> {
+    links: &'a Links,
+    handler: &'a dyn Handler,
+    peers: HashMap<u32, Peer>,
+    /// Who sent what cannot be read, and has been complained of. `None` is nobody knows who.
+    malformed: HashSet<Option<u32>>,
+}
+
+/// The streams from one node.
+struct Peer {
+    direct: Incoming,
+    all: Incoming,
+}
+
+impl Peer {
+    fn stream(&mut self, stream: Stream) -> &mut Incoming {
+        match stream {
+            Stream::Direct => &mut self.direct,
+            Stream::All => &mut self.all,
+        }
+    }
+}
+
+impl<'a> Receiver<'a> {
+    pub(super) fn new(links: &'a Links, handler: &'a dyn Handler) -> Self {
+        Self {
+            links,
+            handler,
+            peers: HashMap::new(),
+            malformed: HashSet::new(),
+        }
+    }
+
+    /// Runs until it is stopped or the bus ends.
+    pub(super) async fn run(
+        &mut self,
+        mut frames: mpsc::Receiver<Bytes>,
+        stop: &CancellationToken,
+    ) {
+        let mut repairs = time::interval(NACK_INTERVAL / 4);
+        repairs.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                frame = frames.recv() => match frame {
+                    Some(frame) => self.receive(&frame),
+                    None => return,
+                },
+                _ = repairs.tick() => self.repair_all(),
+                () = self.links.membership_changed.notified() => self.forget_gone(),
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    fn receive(&mut self, bytes: &[u8]) {
+        let frame = match Frame::read(bytes) {
+            Ok(frame) => frame,
+            Err(problem) => {
+                count(&self.links.counters.malformed, 1);
+                if self.malformed.insert(problem.from()) {
+                    tracing::warn!(
+                        event = "frame_malformed",
+                        from = problem.from(),
+                        reason = %problem,
+                        "counted from now on"
+                    );
+                }
+                return;
+            }
+        };
+        let Header {
+            from,
+            stream,
+            sequence,
+            ..
+        } = frame.header;
+        if from == self.links.node || self.links.is_gone(from) {
+            return;
+        }
+        count(&self.links.counters.frames_received, 1);
+        self.links.clock.observe(&frame.header);
+        if sequence == 0 {
+            for content in &frame.contents {
+                if let Content::Signal(signal) = content {
+                    self.receive_unordered(from, signal);
+                }
+            }
+        } else if !self.peer(from).stream(stream).accept(frame) {
+            count(&self.links.counters.duplicates, 1);
+        }
+        self.advance(from);
+    }
+
+    fn peer(&mut self, from: u32) -> &mut Peer {
+        let node = self.links.node;
+        self.peers.entry(from).or_insert_with(|| Peer {
+            direct: Incoming::from_beginning(),
+            // Numbers of nodes only rise, so one with a greater number began to speak when this
+            // node already listened.
+            all: if from > node {
+                Incoming::from_beginning()
+            } else {
+                Incoming::from_now()
+            },
+        })
+    }
+
+    /// Hands on everything that is next in order.
+    fn advance(&mut self, from: u32) {
+        // What went to all may tell of frames missing among those to this node.
+        for stream in [Stream::All, Stream::Direct] {
+            loop {
+                while let Some(frame) = self.peer(from).stream(stream).pop() {
+                    self.perform(frame);
+                }
+                match self.peer(from).stream(stream).repair(Instant::now()) {
+                    Repair::Nothing => break,
+                    Repair::Ask(range) => {
+                        count(&self.links.counters.gaps, 1);
+                        let (first, last) = range.into_inner();
+                        self.links.signal(
+                            from,
+                            &Signal::Nack {
+                                stream,
+                                first,
+                                last,
+                            },
+                        );
+                    }
+                    Repair::GiveUp(range) => {
+                        self.peer(from).stream(stream).skip(&range);
+                        self.lose(from);
+                    }
+                }
+            }
+        }
+    }
+
+    fn perform(&mut self, frame: Frame) {
+        let Frame {
+            header, contents, ..
+        } = frame;
+        for content in contents {
+            match content {
+                Content::Item(item) => {
+                    count(&self.links.counters.items_received, 1);
+                    self.handler.receive(&header, item);
+                }
+                Content::Signal(Signal::Beat { sent }) => self.hear_beat(&header, &sent),
+                Content::Signal(Signal::WantMark { hlc }) => {
+                    self.links.promise_mark(header.from, hlc);
+                }
+                // These stand outside of streams.
+                Content::Signal(Signal::Nack { .. } | Signal::Gone { .. }) => {}
+            }
+        }
+        if header.stream == Stream::Direct {
+            self.links.marks.hear(header.from, header.stamp.durable_hlc);
+        }
+    }
+
+    /// A beat goes to all; it counts as a mark for this node if nothing is missing of what was
+    /// sent to it before.
+    fn hear_beat(&mut self, header: &Header, sent: &[(u32, u64)]) {
+        let node = self.links.node;
+        let last = sent
+            .iter()
+            .find_map(|(to, last)| (*to == node).then_some(*last));
+        let direct = &mut self.peer(header.from).direct;
+        let last = last.unwrap_or(0);
+        direct.know(last);
+        if direct.is_complete(last) {
+            self.links.marks.hear(header.from, header.stamp.durable_hlc);
+        }
+    }
+
+    fn receive_unordered(&mut self, from: u32, signal: &Signal) {
+        match *signal {
+            Signal::Nack {
+                stream,
+                first,
+                last,
+            } => self.links.send_again(from, stream, first..=last),
+            Signal::Gone {
+                stream,
+                first,
+                last,
+            } => {
+                if self.peer(from).stream(stream).skip(&(first..=last)) {
+                    self.lose(from);
+                }
+            }
+            Signal::WantMark { .. } | Signal::Beat { .. } => {}
+        }
+    }
+
+    fn lose(&self, from: u32) {
+        count(&self.links.counters.lost, 1);
+        tracing::warn!(
+            event = "frames_lost",
+            from,
+            "everything is read from the store"
+        );
+        self.handler.lost(from);
+    }
+
+    fn repair_all(&mut self) {
+        let incomplete: Vec<u32> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.has_gap())
+            .map(|(node, _)| *node)
+            .collect();
+        incomplete.into_iter().for_each(|node| self.advance(node));
+    }
+
+    /// Nobody sends again what is missing from a node that is gone.
+    fn forget_gone(&mut self) {
+        let gone: Vec<(u32, Peer)> = self
+            .peers
+            .extract_if(|node, _| self.links.is_gone(*node))
+            .collect();
+        for (node, peer) in gone {
+            if peer.has_gap() {
+                self.lose(node);
+            }
+        }
+    }
+}
+
+impl Peer {
+    fn has_gap(&self) -> bool {
+        self.direct.has_gap() || self.all.has_gap()
+    }
+}

@@ -1,0 +1,511 @@
+//! Two nodes over a real bus that loses, repeats and reorders frames.
+
+use std::collections::VecDeque;
+use std::env;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::AtomicU32;
+
+use async_trait::async_trait;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::bus::BusError;
+use crate::bus::mongod::Mongod;
+use crate::bus::mongodb::MongoBus;
+use crate::bus::wire::Frame;
+use crate::mqtt::Message;
+use crate::mqtt::message::MessageParts;
+use crate::store::SessionId;
+
+const MEBIBYTE: u64 = 1024 * 1024;
+
+/// A bus, and what becomes of each frame on it.
+struct FaultyBus {
+    bus: MongoBus,
+    fault: Box<dyn Fn(&Frame) -> Fault + Send + Sync>,
+    /// A frame that waits to be overtaken.
+    late: Mutex<VecDeque<(Destination, Bytes)>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    Lose,
+    Repeat,
+    /// Sends it after the next one.
+    Delay,
+}
+
+impl fmt::Debug for FaultyBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.bus.fmt(f)
+    }
+}
+
+#[async_trait]
+impl Bus for FaultyBus {
+    async fn send(&self, frames: Vec<(Destination, Bytes)>) -> Result<(), BusError> {
+        let mut sent = Vec::new();
+        for (to, frame) in frames {
+            match (self.fault)(&Frame::read(&frame).unwrap()) {
+                Fault::Lose => {}
+                Fault::Delay => {
+                    self.late.lock().push_back((to, frame));
+                    continue;
+                }
+                Fault::Repeat => sent.extend([(to, frame.clone()), (to, frame)]),
+                Fault::None => sent.push((to, frame)),
+            }
+            sent.extend(self.late.lock().drain(..));
+        }
+        if sent.is_empty() {
+            return Ok(());
+        }
+        self.bus.send(sent).await
+    }
+
+    async fn subscribe(&self) -> Result<mpsc::Receiver<Bytes>, BusError> {
+        self.bus.subscribe().await
+    }
+}
+
+#[derive(Default)]
+struct TestClock {
+    durable_hlc: AtomicU64,
+}
+
+impl Clock for TestClock {
+    fn stamp(&self) -> Stamp {
+        let durable_hlc = self.durable_hlc.load(Ordering::Acquire);
+        Stamp {
+            hlc: durable_hlc + 1,
+            durable_hlc,
+            store_ok: true,
+        }
+    }
+
+    fn observe(&self, _: &Header) {}
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    /// The epoch of an [`Item::Disown`]; others are not recorded.
+    Received(Stream, u64),
+    Lost,
+}
+
+#[derive(Default)]
+struct Recorder {
+    events: Mutex<Vec<Event>>,
+    changed: Notify,
+}
+
+impl Recorder {
+    fn record(&self, event: Event) {
+        self.events.lock().push(event);
+        self.changed.notify_one();
+    }
+
+    async fn wait_for(&self, is_enough: impl Fn(&[Event]) -> bool) -> Vec<Event> {
+        loop {
+            let changed = self.changed.notified();
+            let events = self.events.lock().clone();
+            if is_enough(&events) {
+                return events;
+            }
+            changed.await;
+        }
+    }
+
+    async fn wait_for_count(&self, count: usize) -> Vec<Event> {
+        self.wait_for(|events| events.len() >= count).await
+    }
+}
+
+impl Handler for Recorder {
+    fn receive(&self, header: &Header, item: Item) {
+        if let Item::Disown { epoch, .. } = item {
+            self.record(Event::Received(header.stream, epoch));
+        }
+    }
+
+    fn lost(&self, _: u32) {
+        self.record(Event::Lost);
+    }
+}
+
+/// A node, with nothing but links.
+struct Node {
+    links: Arc<Links>,
+    clock: Arc<TestClock>,
+    heard: Arc<Recorder>,
+    frames: Option<mpsc::Receiver<Bytes>>,
+    stop: CancellationToken,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Node {
+    async fn start(
+        mongod: &Mongod,
+        number: u32,
+        fault: impl Fn(&Frame) -> Fault + Send + Sync + 'static,
+    ) -> Self {
+        let mut node = Self::start_deaf(mongod, number, fault).await;
+        node.listen();
+        node
+    }
+
+    /// One that does not read its frames before [`Node::listen`].
+    async fn start_deaf(
+        mongod: &Mongod,
+        number: u32,
+        fault: impl Fn(&Frame) -> Fault + Send + Sync + 'static,
+    ) -> Self {
+        let database = mongod.database().await;
+        let bus = FaultyBus {
+            bus: MongoBus::open(&database, number, 20 * MEBIBYTE)
+                .await
+                .unwrap(),
+            fault: Box::new(fault),
+            late: Mutex::default(),
+        };
+        let frames = bus.subscribe().await.unwrap();
+        let clock = Arc::new(TestClock::default());
+        let links = Arc::new(Links::new(number, Arc::new(bus), clock.clone()));
+        let stop = CancellationToken::new();
+        let sender = tokio::spawn({
+            let (links, stop) = (links.clone(), stop.clone());
+            async move { links.send_frames(&stop).await }
+        });
+        Self {
+            links,
+            clock,
+            heard: Arc::default(),
+            frames: Some(frames),
+            stop,
+            tasks: vec![sender],
+        }
+    }
+
+    fn listen(&mut self) {
+        let frames = self.frames.take().unwrap();
+        let (links, heard, stop) = (self.links.clone(), self.heard.clone(), self.stop.clone());
+        let receiver =
+            tokio::spawn(async move { links.receive_frames(frames, &*heard, &stop).await });
+        self.tasks.push(receiver);
+    }
+
+    fn say(&self, to: Destination, numbers: std::ops::Range<u64>) {
+        for epoch in numbers {
+            self.links.send(to, &item(epoch));
+        }
+    }
+
+    fn advance(&self, durable_hlc: u64) {
+        self.clock.durable_hlc.store(durable_hlc, Ordering::Release);
+        self.links.durable_advanced();
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        for task in self.tasks {
+            task.await.unwrap();
+        }
+    }
+}
+
+fn item(epoch: u64) -> Item {
+    Item::Disown {
+        session: SessionId([7; 12]),
+        epoch,
+    }
+}
+
+fn received(stream: Stream, numbers: std::ops::Range<u64>) -> Vec<Event> {
+    numbers
+        .map(|number| Event::Received(stream, number))
+        .collect()
+}
+
+fn of_stream(events: &[Event], stream: Stream) -> Vec<Event> {
+    let is_of_stream = |event: &&Event| matches!(event, Event::Received(of, _) if *of == stream);
+    events.iter().filter(is_of_stream).copied().collect()
+}
+
+fn no_fault(_: &Frame) -> Fault {
+    Fault::None
+}
+
+fn is_of_order(frame: &Frame) -> bool {
+    frame.header.sequence > 0
+}
+
+/// Waits for what nothing tells of.
+async fn until(is_so: impl Fn() -> bool) {
+    while !is_so() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+fn count_of(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+/// Faults by a printed seed, once the bus is rough.
+fn chance(is_rough: &Arc<AtomicBool>) -> impl Fn(&Frame) -> Fault + Send + Sync + 'static {
+    let seed = env::var("MIDGE_TEST_SEED").map_or_else(
+        |_| RandomState::new().hash_one(0),
+        |text| text.parse().unwrap(),
+    );
+    eprintln!("MIDGE_TEST_SEED={seed}");
+    let drawn = AtomicU64::new(0);
+    let is_rough = is_rough.clone();
+    move |_| {
+        if !is_rough.load(Ordering::Acquire) {
+            return Fault::None;
+        }
+        // SplitMix64.
+        let step = drawn.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut mixed = seed.wrapping_add(step.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        match (mixed ^ (mixed >> 31)) % 10 {
+            0 => Fault::Lose,
+            1 => Fault::Repeat,
+            2 => Fault::Delay,
+            _ => Fault::None,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_comes_once_and_in_order_over_a_bus_that_loses_repeats_and_reorders() {
+    const ITEMS: u64 = 10_000;
+    let mongod = Mongod::shared().await;
+    let is_rough = Arc::default();
+    let one = Node::start(&mongod, 1, chance(&is_rough)).await;
+    let two = Node::start(&mongod, 2, chance(&is_rough)).await;
+    // What node 1 sends to all begins, for node 2, with the first frame that it hears.
+    one.say(Destination::All, 0..1);
+    two.heard.wait_for_count(1).await;
+    is_rough.store(true, Ordering::Release);
+
+    for begin in (1..ITEMS).step_by(100) {
+        let numbers = begin..(begin + 100).min(ITEMS);
+        one.say(Destination::Node(2), numbers.clone());
+        one.say(Destination::All, numbers.clone());
+        two.say(Destination::Node(1), numbers);
+        tokio::task::yield_now().await;
+    }
+
+    let count = usize::try_from(ITEMS).unwrap();
+    let events = two.heard.wait_for_count(2 * count - 1).await;
+    assert_eq!(
+        of_stream(&events, Stream::All),
+        received(Stream::All, 0..ITEMS)
+    );
+    let direct = received(Stream::Direct, 1..ITEMS);
+    assert_eq!(of_stream(&events, Stream::Direct), direct);
+    assert_eq!(one.heard.wait_for_count(count - 1).await, direct);
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_frame_before_silence_is_missed() {
+    let mongod = Mongod::shared().await;
+    let lost = AtomicU32::new(0);
+    let lose_first = move |frame: &Frame| {
+        let is_first = frame.header.stream == Stream::Direct
+            && is_of_order(frame)
+            && lost.fetch_add(1, Ordering::Relaxed) == 0;
+        if is_first { Fault::Lose } else { Fault::None }
+    };
+    let one = Node::start(&mongod, 1, lose_first).await;
+    let two = Node::start(&mongod, 2, no_fault).await;
+
+    one.say(Destination::Node(2), 0..3);
+
+    let events = two.heard.wait_for_count(3).await;
+    assert_eq!(events, received(Stream::Direct, 0..3));
+    assert_eq!(count_of(&two.links.counters.gaps), 1);
+    assert_eq!(count_of(&one.links.counters.resends), 1);
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_overwritten_before_it_was_read_is_lost_and_the_rest_comes() {
+    let mongod = Mongod::shared().await;
+    let one = Node::start(&mongod, 1, no_fault).await;
+    let mut two = Node::start_deaf(&mongod, 2, no_fault).await;
+    let large = Item::Publish {
+        message: Message::new(MessageParts {
+            topic: "large",
+            payload: &[0; 64 * 1024],
+            ..MessageParts::default()
+        }),
+        publisher: "publisher".into(),
+    };
+
+    // More than the collection, the reader's buffers and the frames kept to be sent again.
+    one.say(Destination::Node(2), 0..1);
+    for _ in 0..12 {
+        let sent = count_of(&one.links.counters.frames_sent);
+        (0..100).for_each(|_| one.links.send(Destination::Node(2), &large));
+        until(|| count_of(&one.links.counters.frames_sent) >= sent + 100).await;
+    }
+    one.say(Destination::Node(2), 1..3);
+    two.heard = Arc::default();
+    two.listen();
+
+    let events = two
+        .heard
+        .wait_for(|events| events.ends_with(&received(Stream::Direct, 1..3)))
+        .await;
+    assert!(events.contains(&Event::Lost));
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_missing_from_a_node_that_is_gone_is_lost() {
+    let mongod = Mongod::shared().await;
+    let lose_first = |frame: &Frame| {
+        let is_lost = frame.header.stream == Stream::Direct && frame.header.sequence <= 1;
+        if is_lost { Fault::Lose } else { Fault::None }
+    };
+    let one = Node::start(&mongod, 1, lose_first).await;
+    let two = Node::start(&mongod, 2, no_fault).await;
+    two.links.set_alive(&[1, 2]);
+    one.say(Destination::Node(2), 0..1);
+    until(|| count_of(&two.links.counters.gaps) > 0).await;
+
+    two.links.set_alive(&[2]);
+
+    assert_eq!(two.heard.wait_for_count(1).await, [Event::Lost]);
+    assert_eq!(two.links.marks().safe(), u64::MAX);
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_sends_again_is_lost_and_the_rest_comes() {
+    let mongod = Mongod::shared().await;
+    let lose_first = |frame: &Frame| {
+        let is_lost = frame.header.stream == Stream::Direct && frame.header.sequence == 1;
+        if is_lost { Fault::Lose } else { Fault::None }
+    };
+    let one = Node::start(&mongod, 1, lose_first).await;
+    let two = Node::start(&mongod, 2, no_fault).await;
+
+    one.say(Destination::Node(2), 0..1);
+    until(|| count_of(&two.links.counters.gaps) > 0).await;
+    one.say(Destination::Node(2), 1..2);
+
+    let events = two.heard.wait_for_count(2).await;
+    assert_eq!(events, [Event::Lost, Event::Received(Stream::Direct, 1)]);
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_joins_hears_no_history() {
+    let mongod = Mongod::shared().await;
+    let one = Node::start(&mongod, 1, no_fault).await;
+    let two = Node::start(&mongod, 2, no_fault).await;
+    one.say(Destination::All, 0..10);
+    two.heard.wait_for_count(10).await;
+
+    let three = Node::start(&mongod, 3, no_fault).await;
+    one.say(Destination::All, 10..20);
+
+    let events = three.heard.wait_for_count(10).await;
+    assert_eq!(events, received(Stream::All, 10..20));
+    assert_eq!(count_of(&three.links.counters.gaps), 0);
+    for node in [one, two, three] {
+        node.stop().await;
+    }
+    mongod.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_frame_of_a_node_that_joins_is_missed() {
+    let mongod = Mongod::shared().await;
+    let lost = AtomicU32::new(0);
+    let lose_first = move |frame: &Frame| {
+        let is_first = frame.header.stream == Stream::All
+            && frame.header.sequence == 1
+            && lost.fetch_add(1, Ordering::Relaxed) == 0;
+        if is_first { Fault::Lose } else { Fault::None }
+    };
+    let one = Node::start(&mongod, 1, no_fault).await;
+    let two = Node::start(&mongod, 2, lose_first).await;
+    two.say(Destination::All, 0..10);
+
+    let events = one.heard.wait_for_count(10).await;
+    assert_eq!(events, received(Stream::All, 0..10));
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn marks_follow_the_nodes_that_are_alive() {
+    let mongod = Mongod::shared().await;
+    let one = Node::start(&mongod, 1, no_fault).await;
+    let two = Node::start(&mongod, 2, no_fault).await;
+    two.links.set_alive(&[1, 2]);
+    assert_eq!(two.links.marks().safe(), 0);
+
+    // A beat tells it.
+    one.advance(10);
+    two.links.marks().reached(10).await;
+    // And so does a frame that was asked for.
+    two.links.want_marks(20);
+    until(|| one.links.mark_promised.load(Ordering::Acquire)).await;
+    assert!(two.links.marks().safe() < 20);
+    one.advance(20);
+    two.links.marks().reached(20).await;
+    assert_eq!(two.links.marks().safe(), 20);
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mark_does_not_overtake_what_was_sent_before_it() {
+    let mongod = Mongod::shared().await;
+    let is_mended = Arc::new(AtomicBool::new(false));
+    let lose_direct = {
+        let is_mended = is_mended.clone();
+        move |frame: &Frame| {
+            let is_lost =
+                frame.header.stream == Stream::Direct && !is_mended.load(Ordering::Acquire);
+            if is_lost { Fault::Lose } else { Fault::None }
+        }
+    };
+    let one = Node::start(&mongod, 1, lose_direct).await;
+    let two = Node::start(&mongod, 2, no_fault).await;
+    two.links.set_alive(&[1]);
+
+    one.say(Destination::Node(2), 0..1);
+    one.advance(10);
+    until(|| count_of(&two.links.counters.gaps) > 0).await;
+    assert_eq!(two.links.marks().safe(), 0, "beats came, the item did not");
+    is_mended.store(true, Ordering::Release);
+    two.links.marks().reached(10).await;
+
+    assert_eq!(
+        two.heard.events.lock().clone(),
+        received(Stream::Direct, 0..1)
+    );
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}

@@ -1,0 +1,298 @@
+//! All nodes together: who there is, how they tell each other, and what each does for the others.
+//!
+//! [`link`] carries what they tell each other, [`membership`] knows who is alive, [`opening`] takes
+//! sessions from the store. What it all means for the clients of a node is `broker::peers`' business.
+
+pub(crate) mod link;
+mod membership;
+mod opening;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::broker::Node;
+use crate::bus::Destination;
+use crate::bus::wire::{Header, Item};
+use crate::store::mongodb::{MongoStore, NodeState, OpenRequest, OpenedSession};
+use crate::store::{LogPosition, StoreError};
+use link::Links;
+pub(crate) use link::Marks;
+use membership::Members;
+use opening::Opener;
+
+/// How far ahead of its clock a node may be, as the others know: whoever takes over from it begins
+/// after that.
+pub(crate) const RESERVED_MS: u64 = 2_000;
+
+/// How long a Will of a client whose node died waits: it may come back at another one.
+const WILL_GRACE: Duration = Duration::from_secs(5);
+
+/// How often the clients of a node that is gone are looked for.
+const RELEASE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Announced log entries that wait to be read.
+const ANNOUNCED_MAX: usize = 1024;
+
+/// How late something is when any node does it for the one whose business it was.
+const LATE: Duration = Duration::from_secs(5);
+
+/// Sessions that are taken at a time to do for them what is due.
+const DUE_MAX: i64 = 100;
+
+/// How often inboxes are read for messages that got lost on their way between nodes.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(300);
+
+/// How often what ended sessions have left is removed.
+const GARBAGE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// This node's part in a cluster.
+pub(crate) struct Cluster {
+    pub(crate) store: Arc<MongoStore>,
+    pub(crate) links: Links,
+    pub(crate) members: Members,
+    opener: Opener,
+    /// Log entries that other nodes have announced.
+    announced: mpsc::Sender<LogPosition>,
+}
+
+impl Cluster {
+    /// The log positions that the receiver yields are to be given to [`Cluster::run`].
+    pub(crate) fn new(store: Arc<MongoStore>, links: Links) -> (Self, mpsc::Receiver<LogPosition>) {
+        let (announced, positions) = mpsc::channel(ANNOUNCED_MAX);
+        let cluster = Self {
+            opener: Opener::start(store.clone()),
+            store,
+            links,
+            members: Members::default(),
+            announced,
+        };
+        (cluster, positions)
+    }
+
+    /// The number of this node: no other has it, or ever had it.
+    pub(crate) fn node(&self) -> u32 {
+        self.store.node()
+    }
+
+    pub(crate) fn marks(&self) -> &Marks {
+        self.links.marks()
+    }
+
+    pub(crate) fn send(&self, node: u32, item: &Item) {
+        self.links.send(Destination::Node(node), item);
+    }
+
+    pub(crate) fn broadcast(&self, item: &Item) {
+        self.links.send(Destination::All, item);
+    }
+
+    /// Takes the session of a client from whoever has it; `None` if somebody has taken it since.
+    ///
+    /// # Errors
+    /// `StoreError` if it is not certain whose it is now.
+    pub(crate) async fn open(
+        &self,
+        request: OpenRequest,
+    ) -> Result<Option<OpenedSession>, StoreError> {
+        self.opener.open(request).await
+    }
+
+    /// Has a log entry read that another node has announced.
+    pub(crate) fn follow_later(&self, position: LogPosition) {
+        // What does not fit is read before it matters, by the next flush.
+        let _ = self.announced.try_send(position);
+    }
+
+    /// The clock value that a node will not have gone beyond, even if it still runs.
+    pub(crate) async fn reserved_by(&self, node: u32) -> u64 {
+        let rows = self.store.nodes().await.unwrap_or_default();
+        let row = rows.iter().find(|row| row.node == node);
+        row.map_or(0, |row| row.reserved_hlc)
+    }
+
+    /// Gets to know the other nodes.
+    ///
+    /// # Errors
+    /// `StoreError` if they cannot be read.
+    pub(crate) async fn join(&self, node: &Node) -> Result<(), StoreError> {
+        let reserved = node.flusher.reservation(RESERVED_MS);
+        self.store.join(reserved).await?;
+        node.flusher.reserve(reserved);
+        // What nodes that are gone have written comes before what this one will write.
+        let rows = self.store.nodes().await?;
+        for gone in rows.iter().filter(|row| row.state == NodeState::Dead) {
+            node.flusher.observe(gone.reserved_hlc);
+        }
+        let changes = self.members.look(&self.store, Instant::now()).await?;
+        self.links.set_alive(&self.members.others());
+        for joined in changes.joined {
+            node.greet(self, joined);
+        }
+        Ok(())
+    }
+
+    /// Says goodbye to the other nodes.
+    pub(crate) async fn leave(&self) {
+        let leaving = async {
+            // Of clients that did not let go in time.
+            self.release(self.node()).await?;
+            self.store.leave().await
+        };
+        if let Err(error) = leaving.await {
+            tracing::warn!(event = "leave_failed", %error);
+        }
+    }
+
+    /// Does what has to be done every now and then, until this node is declared dead.
+    pub(crate) async fn run(
+        &self,
+        node: &Node,
+        mut announced: mpsc::Receiver<LogPosition>,
+    ) -> StoreError {
+        tokio::select! {
+            error = self.beat(node) => error,
+            error = self.look_after(node) => error,
+            () = async {
+                while let Some(position) = announced.recv().await {
+                    if let Err(error) = node.follow(self, &[position]).await {
+                        tracing::warn!(event = "log_unreadable", %error);
+                    }
+                }
+                std::future::pending().await
+            } => StoreError::Fenced,
+        }
+    }
+
+    /// Counts, and watches who else does.
+    async fn beat(&self, node: &Node) -> StoreError {
+        let mut ticks = tokio::time::interval(membership::BEAT_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut last = Instant::now();
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = node.flusher.needs_reservation() => {}
+            }
+            let reserved = node.flusher.reservation(RESERVED_MS);
+            match self.store.heartbeat(reserved).await {
+                Ok(()) => node.flusher.reserve(reserved),
+                Err(StoreError::Fenced) => return StoreError::Fenced,
+                Err(error) => {
+                    tracing::warn!(event = "heartbeat_failed", %error);
+                    continue;
+                }
+            }
+            let changes = match self.members.look(&self.store, last).await {
+                Ok(changes) => changes,
+                Err(error) => {
+                    tracing::warn!(event = "nodes_unreadable", %error);
+                    continue;
+                }
+            };
+            last = Instant::now();
+            // A node that writes nothing hears of subscriptions in no other way, should it not be
+            // told; and not for ever, because the documents of nodes that are gone are removed.
+            if let Err(error) = node.follow(self, &changes.positions).await {
+                tracing::warn!(event = "log_unreadable", %error);
+            }
+            if !changes.joined.is_empty() || !changes.left.is_empty() {
+                self.links.set_alive(&self.members.others());
+            }
+            for joined in changes.joined {
+                tracing::info!(event = "node_joined", node = joined);
+                node.greet(self, joined);
+            }
+            for left in changes.left {
+                tracing::info!(event = "node_left", node = left);
+                node.node_left(left);
+            }
+        }
+    }
+
+    /// The clients of a node that is gone are not connected any more.
+    async fn release(&self, gone: u32) -> Result<(), StoreError> {
+        if let Err(error) = self.store.end_transactions_of(gone).await {
+            // They end by themselves, in a minute by default.
+            tracing::warn!(event = "transactions_unended", node = gone, %error);
+        }
+        while self.store.release_sessions_of(gone, WILL_GRACE).await? {}
+        Ok(())
+    }
+
+    /// Does what is due for sessions whose node has not done it in time, and cleans up.
+    async fn look_after(&self, node: &Node) -> StoreError {
+        let mut ticks = tokio::time::interval(Duration::from_secs(1));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut swept = Instant::now();
+        let mut collected = Instant::now();
+        let mut released: HashMap<u32, Instant> = HashMap::new();
+        loop {
+            ticks.tick().await;
+            let now = Instant::now();
+            for gone in self.members.gone() {
+                // Again after a while: it may have taken another session before it knew.
+                let is_done = |at: &Instant| now - *at < RELEASE_INTERVAL;
+                if released.get(&gone).is_some_and(is_done) {
+                    continue;
+                }
+                match self.release(gone).await {
+                    Ok(()) => {
+                        released.insert(gone, now);
+                    }
+                    Err(error) => {
+                        tracing::warn!(event = "sessions_unreleased", node = gone, %error);
+                    }
+                }
+            }
+            match self.store.adopt_due(LATE, DUE_MAX).await {
+                Ok(sessions) => sessions
+                    .into_iter()
+                    .for_each(|session| node.look_after_adopted(session)),
+                Err(error) => tracing::warn!(event = "due_sessions_unreadable", %error),
+            }
+            match self.store.adopt_leftovers(LATE, DUE_MAX).await {
+                Ok(leftovers) => leftovers.iter().for_each(|leftover| {
+                    node.finish(leftover);
+                }),
+                Err(error) => tracing::warn!(event = "leftovers_unreadable", %error),
+            }
+            if now - collected >= GARBAGE_INTERVAL {
+                collected = now;
+                if let Err(error) = self.store.collect_garbage().await {
+                    tracing::warn!(event = "garbage_uncollected", %error);
+                }
+            }
+            if now - swept >= SWEEP_INTERVAL {
+                swept = now;
+                node.look_for_messages();
+            }
+        }
+    }
+}
+
+impl link::Handler for Node {
+    fn receive(&self, header: &Header, item: Item) {
+        if let Some(cluster) = &self.cluster {
+            self.receive(cluster, header.from, item);
+        }
+    }
+
+    fn lost(&self, from: u32) {
+        tracing::warn!(event = "frames_lost", from);
+        self.look_for_messages();
+    }
+}
+
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cluster")
+            .field("store", &self.store)
+            .field("links", &self.links)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,248 @@
+//! The subscription log: what each node has done to the subscriptions of persistent sessions.
+//!
+//! Each node writes its own, in the transaction of the flush that it belongs to, and counts its
+//! entries in its document in `nodes`. Whoever has read the subscriptions of all sessions stays up
+//! to date by the entries that follow.
+
+use bson::raw::RawDocumentBuf;
+use bson::{DateTime, cstr, rawdoc};
+use bytes::BufMut;
+
+use super::commands::{Query, array, binary};
+use super::documents::{Document, NODES, SESSIONS, SUBLOG, SessionDocument, key_of, owner_of};
+use super::{MongoStore, NodeRow};
+use crate::mqtt::SubscriptionFilter;
+use crate::mqtt::topic::SubscribeOptions;
+use crate::store::format::{self, Reader};
+use crate::store::{LogPosition, Owner, SessionId, StoreError, StoredSubscription};
+
+/// Entries are removed after this time, by when every node that is alive has read them.
+pub(super) const LOG_SECONDS: i64 = 3600;
+
+/// Operations in one entry, and their bytes.
+const ENTRY_OPS_MAX: usize = 1000;
+const ENTRY_BYTES_MAX: usize = 4 << 20;
+
+const SUBSCRIBE: u8 = 0;
+const UNSUBSCRIBE: u8 = 1;
+const END: u8 = 2;
+const GROUP: u8 = 3;
+
+/// One entry of a node's log.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct LogEntry {
+    pub(crate) position: LogPosition,
+    pub(crate) ops: Vec<LogOp>,
+}
+
+/// What happened to the subscriptions of `session`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LogOp {
+    pub(crate) session: SessionId,
+    /// The entries of one node are in order. For what two nodes did to one session, the higher
+    /// epoch is the later.
+    pub(crate) epoch: u64,
+    pub(crate) action: LogAction,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum LogAction {
+    Subscribe {
+        owner: Owner,
+        filter: SubscriptionFilter,
+        options: SubscribeOptions,
+        identifier: Option<u32>,
+    },
+    Unsubscribe(SubscriptionFilter),
+    /// A share group has an inbox from now on: that of the session.
+    OpenGroup(SubscriptionFilter),
+    /// Nothing is ever to be written to its inbox again.
+    End,
+}
+
+/// The subscriptions of one session, for nodes that do not hold it.
+#[derive(Debug)]
+pub(crate) struct SharedSession {
+    pub(crate) owner: Owner,
+    pub(crate) session: SessionId,
+    pub(crate) epoch: u64,
+    /// The node that a connection is open at.
+    pub(crate) node: Option<u32>,
+    pub(crate) subscriptions: Vec<StoredSubscription>,
+}
+
+impl MongoStore {
+    /// Hands the subscriptions of all sessions to `each`, and returns how far the logs had come
+    /// before: entries that follow may be included already, and do no harm when applied again.
+    ///
+    /// # Errors
+    /// `StoreError` if not all of them could be read.
+    pub(crate) async fn load_subscriptions(
+        &self,
+        mut each: impl FnMut(SharedSession),
+    ) -> Result<Vec<LogPosition>, StoreError> {
+        let positions = self.nodes().await?.iter().map(NodeRow::position).collect();
+        let fields = rawdoc! { "og": 0, "pv": 0, "will": 0 };
+        let sessions = Query::new(SESSIONS, rawdoc! { "sid": { "$exists": true } }).only(fields);
+        self.commands
+            .for_each(sessions, |document| {
+                let node = Document::new("a session", document).optional_node("n")?;
+                let document = SessionDocument::read(document)?;
+                if let Some(record) = document.record {
+                    each(SharedSession {
+                        owner: record.owner,
+                        session: record.session,
+                        epoch: document.epoch,
+                        node: node.filter(|_| record.connected),
+                        subscriptions: document.subscriptions,
+                    });
+                }
+                Ok(())
+            })
+            .await?;
+        Ok(positions)
+    }
+
+    /// The entries that follow `position` in the log of its node, up to what is durable now; `None`
+    /// if some of them have been removed, and all subscriptions have to be loaded again.
+    ///
+    /// # Errors
+    /// `StoreError` if they could not be read.
+    pub(crate) async fn read_log(
+        &self,
+        position: LogPosition,
+    ) -> Result<Option<Vec<LogEntry>>, StoreError> {
+        let node = Query::new(NODES, rawdoc! { "_id": i64::from(position.node) }).limit(1);
+        let node = self.commands.find(node).await?;
+        let Some(node) = node.first() else {
+            return Ok(None);
+        };
+        let last = Document::new("a node", node).long("k")?.cast_unsigned();
+        let range = rawdoc! { "_id": {
+            "$gt": entry_key(position),
+            "$lte": entry_key(LogPosition { entry: last, ..position }),
+        } };
+        let mut entries = Vec::new();
+        let mut next = position.entry + 1;
+        let read = |document: &bson::raw::RawDocument| {
+            let entry = read_entry(document)?;
+            if entry.position.entry == next {
+                next += 1;
+                entries.push(entry);
+            }
+            Ok(())
+        };
+        self.commands
+            .for_each(Query::new(SUBLOG, range), read)
+            .await?;
+        Ok((next > last).then_some(entries))
+    }
+}
+
+/// The entries that hold `ops`, the first of which has the number that follows `position`.
+pub(super) fn entries(position: LogPosition, ops: &[LogOp]) -> Vec<RawDocumentBuf> {
+    let mut entries = Vec::new();
+    let mut next = position.entry;
+    let mut values = ops.iter().map(op_value).peekable();
+    while values.peek().is_some() {
+        let mut entry = Vec::new();
+        let mut bytes = 0;
+        while let Some(value) = values.next_if(|value| {
+            entry.is_empty()
+                || entry.len() < ENTRY_OPS_MAX && bytes + value.len() <= ENTRY_BYTES_MAX
+        }) {
+            bytes += value.len();
+            entry.push(value);
+        }
+        next += 1;
+        let key = entry_key(LogPosition {
+            entry: next,
+            ..position
+        });
+        let mut document = rawdoc! { "_id": key, "at": DateTime::now() };
+        document.append(cstr!("ops"), array(entry.into_iter().map(binary)));
+        entries.push(document);
+    }
+    entries
+}
+
+fn entry_key(position: LogPosition) -> bson::Binary {
+    let mut key = Vec::with_capacity(12);
+    key.put_u32(position.node);
+    key.put_u64(position.entry);
+    binary(key)
+}
+
+fn read_entry(document: &bson::raw::RawDocument) -> Result<LogEntry, StoreError> {
+    let fields = Document::new("a log entry", document);
+    let mut key = Reader::new("a log entry", fields.required_bytes("_id")?);
+    let position = LogPosition {
+        node: key.u32()?,
+        entry: key.u64()?,
+    };
+    key.end()?;
+    let ops = fields.binaries("ops")?.into_iter().map(read_op);
+    Ok(LogEntry {
+        position,
+        ops: ops.collect::<Result<_, _>>()?,
+    })
+}
+
+/// `kind u8`, session 12, `epoch u64`; then of a subscription the `text` of its owner's key and
+/// [`format::subscription_value`], of others the `text` of the filter, if there is one.
+fn op_value(op: &LogOp) -> Vec<u8> {
+    let mut value = Vec::new();
+    value.put_u8(match op.action {
+        LogAction::Subscribe { .. } => SUBSCRIBE,
+        LogAction::Unsubscribe(_) => UNSUBSCRIBE,
+        LogAction::OpenGroup(_) => GROUP,
+        LogAction::End => END,
+    });
+    value.put_slice(&op.session.0);
+    value.put_u64(op.epoch);
+    match &op.action {
+        LogAction::Subscribe {
+            owner,
+            filter,
+            options,
+            identifier,
+        } => {
+            format::put_bytes(&mut value, key_of(owner).as_bytes());
+            let subscription = format::subscription_value(filter, *options, *identifier);
+            format::put_bytes(&mut value, &subscription);
+        }
+        LogAction::Unsubscribe(filter) | LogAction::OpenGroup(filter) => {
+            format::put_bytes(&mut value, filter.to_string().as_bytes());
+        }
+        LogAction::End => {}
+    }
+    value
+}
+
+fn read_op(value: &[u8]) -> Result<LogOp, StoreError> {
+    let mut value = Reader::new("a log entry", value);
+    let kind = value.u8()?;
+    let (session, epoch) = (value.session()?, value.u64()?);
+    let action = match kind {
+        SUBSCRIBE => {
+            let owner = owner_of(value.text()?)?;
+            let subscription = format::read_subscription_value(value.bytes()?)?;
+            LogAction::Subscribe {
+                owner,
+                filter: subscription.filter,
+                options: subscription.options,
+                identifier: subscription.identifier,
+            }
+        }
+        UNSUBSCRIBE => LogAction::Unsubscribe(value.filter()?),
+        GROUP => LogAction::OpenGroup(value.filter()?),
+        END => LogAction::End,
+        _ => return Err(value.damaged()),
+    };
+    value.end()?;
+    Ok(LogOp {
+        session,
+        epoch,
+        action,
+    })
+}
