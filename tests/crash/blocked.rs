@@ -56,7 +56,7 @@ async fn a_qos_0_flood_to_a_blocked_socket_neither_fills_memory_nor_stops_others
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledged_messages_for_blocked_clients_wait_on_disk_and_stop_nobody() {
     let broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let unread = Connect::persistent(Version::V5, "unread");
     let mut unread = Client::connect(broker.address(), &unread).await;
     unread.subscribe("load/#", 2).await.unwrap();

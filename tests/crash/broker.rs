@@ -10,13 +10,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 
 use crate::lines::Lines;
-
-/// Where the broker can be reached, and how often it has been started.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Server {
-    pub(crate) run: u32,
-    pub(crate) address: SocketAddr,
-}
+use crate::traffic::Server;
 
 /// A running broker. It is killed when dropped, and a failed test shows its log.
 pub(crate) struct Broker {
@@ -26,8 +20,8 @@ pub(crate) struct Broker {
     process: Child,
     log: Lines,
     run: u32,
-    /// Nothing while the broker is being killed and started.
-    server: watch::Sender<Option<Server>>,
+    /// Empty while the broker is being killed and started.
+    server: watch::Sender<Vec<Server>>,
 }
 
 impl Broker {
@@ -60,15 +54,16 @@ impl Broker {
             process,
             log,
             run: 1,
-            server: watch::Sender::new(Some(first)),
+            server: watch::Sender::new(vec![first]),
         }
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
-        self.server.borrow().expect("the broker runs").address
+        let running = self.server.borrow();
+        running.first().expect("the broker runs").address
     }
 
-    pub(crate) fn server(&self) -> watch::Receiver<Option<Server>> {
+    pub(crate) fn server(&self) -> watch::Receiver<Vec<Server>> {
         self.server.subscribe()
     }
 
@@ -78,7 +73,7 @@ impl Broker {
 
     /// Kills the broker as a power cut would.
     pub(crate) fn crash(&mut self) {
-        self.server.send_replace(None);
+        self.server.send_replace(Vec::new());
         self.process.kill().unwrap();
         self.process.wait().unwrap();
     }
@@ -89,10 +84,8 @@ impl Broker {
         (self.process, self.log) = spawn(&self.data, &self.settings);
         let address = wait_until_ready(&self.log);
         self.run += 1;
-        self.server.send_replace(Some(Server {
-            run: self.run,
-            address,
-        }));
+        let run = self.run;
+        self.server.send_replace(vec![Server { run, address }]);
     }
 
     #[track_caller]
@@ -112,7 +105,7 @@ impl Broker {
     /// Waits for the broker to end by itself.
     #[track_caller]
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        self.server.send_replace(None);
+        self.server.send_replace(Vec::new());
         assert!(self.log.wait_for_end(), "the broker does not end");
         self.process.wait().unwrap()
     }
@@ -120,7 +113,7 @@ impl Broker {
     /// Stops the broker as an operator does.
     #[track_caller]
     pub(crate) fn terminate(&mut self) -> ExitStatus {
-        self.server.send_replace(None);
+        self.server.send_replace(Vec::new());
         self.signal("TERM");
         self.wait()
     }

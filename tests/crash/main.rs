@@ -15,12 +15,18 @@
 )]
 
 mod broker;
+#[path = "../support/client.rs"]
 mod client;
+#[path = "../support/history.rs"]
 mod history;
-#[path = "../interop/support/lines.rs"]
+#[path = "../support/lines.rs"]
 mod lines;
+#[path = "../support/seed.rs"]
 mod seed;
+#[path = "../support/traffic.rs"]
+#[allow(dead_code, reason = "the cluster tests use the rest")]
 mod traffic;
+#[path = "../support/wire.rs"]
 mod wire;
 
 mod blocked;

@@ -10,7 +10,7 @@ use crate::wire::Version;
 async fn what_was_acknowledged_before_a_crash_reaches_sessions_that_were_offline() {
     let mut seed = Seed::new();
     let mut broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let mut subscribers = Vec::new();
     for number in 0..4 {
         let version = [Version::V311, Version::V5][number % 2];
@@ -43,7 +43,7 @@ async fn what_was_acknowledged_before_a_crash_reaches_sessions_that_were_offline
 async fn a_queue_that_was_emptied_half_way_goes_on_after_a_crash() {
     let mut seed = Seed::new();
     let mut broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let mut subscriber = Subscriber::new("half-way", Version::V5)
         .register(&world)
         .await;

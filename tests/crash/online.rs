@@ -12,7 +12,7 @@ use crate::wire::Version;
 async fn subscribers_that_are_online_lose_nothing_when_the_broker_is_killed() {
     let mut seed = Seed::new();
     let mut broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let stop = watch::Sender::new(false);
     let mut receiving = Vec::new();
     for number in 0..3 {

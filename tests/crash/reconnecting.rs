@@ -10,7 +10,7 @@ use crate::wire::Version;
 async fn subscribers_that_come_and_go_get_everything_and_nothing_they_acknowledged_again() {
     let mut seed = Seed::new();
     let broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let mut registered = Vec::new();
     for number in 0..3 {
         let version = [Version::V5, Version::V311][number % 2];
@@ -59,7 +59,7 @@ async fn subscribers_that_come_and_go_get_everything_and_nothing_they_acknowledg
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_before_disconnect_is_not_sent_again() {
     let broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let mut subscriber = Subscriber::new("careful", Version::V311)
         .register(&world)
         .await;
@@ -84,7 +84,7 @@ async fn what_was_acknowledged_before_disconnect_is_not_sent_again() {
 async fn mqtt_3_3_4_9_a_client_may_come_back_with_a_smaller_receive_maximum() {
     for crashes in [false, true] {
         let mut broker = Broker::start();
-        let world = World::new(&broker);
+        let world = World::new(broker.server());
         let subscriber = Subscriber::new("smaller", Version::V5).receive_maximum(40);
         let mut subscriber = subscriber.register(&world).await;
         let publisher = Publisher::new(1, Version::V5, 20);

@@ -60,7 +60,7 @@ fn start_restless(
 async fn a_share_group_loses_nothing_when_members_leave_in_the_middle() {
     let mut seed = Seed::new();
     let broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let stop = watch::Sender::new(false);
     let mut restless = Vec::new();
     for member in members(&world).await {
@@ -90,7 +90,7 @@ async fn a_share_group_loses_nothing_when_members_leave_in_the_middle() {
 async fn a_share_group_loses_nothing_when_the_broker_is_killed() {
     let mut seed = Seed::new();
     let mut broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let stop = watch::Sender::new(false);
     let mut restless = Vec::new();
     for member in members(&world).await {
@@ -126,7 +126,7 @@ async fn a_share_group_loses_nothing_when_the_broker_is_killed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_share_group_gets_what_was_published_while_all_members_were_offline() {
     let mut broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let members = members(&world).await;
 
     for publisher in publishers(&world, 60) {
@@ -143,7 +143,7 @@ async fn a_share_group_gets_what_was_published_while_all_members_were_offline() 
 async fn mqtt_4_8_2_5_a_member_that_comes_back_gets_its_qos_2_messages_once() {
     for crashes in [false, true] {
         let mut broker = Broker::start();
-        let world = World::new(&broker);
+        let world = World::new(broker.server());
         let member = Subscriber::member("alone", Version::V5);
         let mut member = member.register(&world).await;
         let publisher = Publisher {

@@ -9,7 +9,7 @@ use crate::wire::{Connect, Publish, Version};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sigterm_under_load_says_goodbye_and_loses_nothing() {
     let mut broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let subscriber = Subscriber::new("offline", Version::V5);
     let offline = subscriber.register(&world).await;
     let publishers = [

@@ -11,7 +11,7 @@ use crate::wire::Version;
 async fn a_subscriber_that_overflows_memory_gets_everything_in_order() {
     let mut seed = Seed::new();
     let broker = Broker::start_with(&[("session.memory_messages_max", "10")]);
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let mut slow = Vec::new();
     for (number, version) in [Version::V5, Version::V311].into_iter().enumerate() {
         let subscriber = Subscriber::new(&format!("slow-{number}"), version).receive_maximum(20);

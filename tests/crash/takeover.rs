@@ -10,7 +10,7 @@ use crate::wire::Version;
 async fn takeovers_in_the_middle_of_a_flood_lose_and_reorder_nothing() {
     let mut seed = Seed::new();
     let broker = Broker::start();
-    let world = World::new(&broker);
+    let world = World::new(broker.server());
     let mut subscriber = Subscriber::new("taken", Version::V5).register(&world).await;
     let rounds = rounds(20);
     let messages = u32::try_from(20 * rounds).unwrap();

@@ -4,6 +4,7 @@
 
 pub(crate) mod broker;
 pub(crate) mod certificates;
+#[path = "../../support/lines.rs"]
 pub(crate) mod lines;
 pub(crate) mod mosquitto;
 pub(crate) mod node;

@@ -87,6 +87,10 @@ impl Client {
                 }
                 Packet::Publish(publish) => earlier.push(publish),
                 Packet::Answer(..) => {}
+                Packet::Disconnect(reason) => {
+                    let reason = format!("the broker ended the connection: 0x{reason:02X}");
+                    return Err(io::Error::other(reason));
+                }
                 other => panic!("instead of SUBACK came {other:?}"),
             }
         }

@@ -2,29 +2,46 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-use crate::broker::{Broker, Server};
 use crate::client::Client;
 use crate::history::{self, Event, Message, Stream};
 use crate::lines::DEADLINE;
-use crate::wire::{Answer, Connect, DISCONNECT, Packet, Publish, Version};
+use crate::seed::Seed;
+use crate::wire::{self, Answer, Connect, DISCONNECT, PINGREQ, Packet, Publish, Version};
 
-/// What publishers and subscribers share: the way to the broker, and the history.
+/// A broker that runs. Each start of each broker has a `run` of its own.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Server {
+    pub(crate) run: u32,
+    pub(crate) address: SocketAddr,
+}
+
+/// What publishers and subscribers share: the way to the brokers, and the history.
 pub(crate) struct World {
-    server: watch::Receiver<Option<Server>>,
+    /// Those that run.
+    servers: watch::Receiver<Vec<Server>>,
+    /// Which of them a client tries next.
+    choice: Mutex<Seed>,
     history: Mutex<Vec<Event>>,
     progress: watch::Sender<Progress>,
 }
 
 /// Bounds the wait for what other members of a share group have in flight.
 const GROUP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What a client that was not let in leaves to others.
+const RETRY_PAUSE: Duration = Duration::from_millis(5);
+
+/// Bounds the wait for what a cluster has to find, such as the Wills of a node that was killed.
+const CLUSTER_DEADLINE: Duration = Duration::from_secs(40);
 
 /// How far the traffic has come.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,9 +55,16 @@ pub(crate) struct Progress {
 }
 
 impl World {
-    pub(crate) fn new(broker: &Broker) -> Arc<Self> {
+    /// With one broker.
+    pub(crate) fn new(server: watch::Receiver<Vec<Server>>) -> Arc<Self> {
+        Self::across(server, Seed::fixed())
+    }
+
+    /// With many brokers: each connection is made to any of them.
+    pub(crate) fn across(servers: watch::Receiver<Vec<Server>>, choice: Seed) -> Arc<Self> {
         Arc::new(Self {
-            server: broker.server(),
+            servers,
+            choice: Mutex::new(choice),
             history: Mutex::default(),
             progress: watch::Sender::default(),
         })
@@ -58,34 +82,41 @@ impl World {
         drop(reached.expect("the traffic goes on").unwrap());
     }
 
-    fn record(&self, event: Event) {
-        self.progress.send_modify(|progress| match event {
-            Event::Acknowledged(_) => progress.acknowledged += 1,
-            Event::Received { .. } => progress.received += 1,
-            Event::SentAgain(_) | Event::TakenOver { .. } => {}
-        });
+    pub(crate) fn record(&self, event: Event) {
+        let (is_acknowledged, is_received) = (
+            matches!(event, Event::Acknowledged(_)),
+            matches!(event, Event::Received { .. }),
+        );
+        // Whoever sees the progress finds it in the history.
         self.history.lock().push(event);
+        self.progress.send_modify(|progress| {
+            progress.acknowledged += u64::from(is_acknowledged);
+            progress.received += u64::from(is_received);
+        });
     }
 
-    /// Connects to the broker, as soon as it runs.
-    async fn connect(&self, connect: &Connect) -> (Client, u32) {
-        let mut server = self.server.clone();
+    /// Connects to a broker, as soon as one runs and lets the client in.
+    pub(crate) async fn connect(&self, connect: &Connect) -> (Client, Server) {
         loop {
-            let running = server.wait_for(Option::is_some);
-            let running = timeout(DEADLINE, running).await;
-            let Server { run, address } = running
-                .expect("the broker is started")
-                .expect("the test holds the broker")
-                .expect("it was waited for");
-            match Client::try_connect(address, connect).await {
-                Ok(client) => return (client, run),
-                // A connection with the same client id may have been faster.
-                Err(_) if *server.borrow() == Some(Server { run, address }) => {
-                    tokio::task::yield_now().await;
-                }
-                Err(_) => {}
+            let server = self.choose().await;
+            match Client::try_connect(server.address, connect).await {
+                Ok(client) => return (client, server),
+                // It was killed, or a connection with the same client id has been faster.
+                Err(_) => sleep(RETRY_PAUSE).await,
             }
         }
+    }
+
+    /// A broker that runs, as soon as there is one.
+    pub(crate) async fn choose(&self) -> Server {
+        let mut servers = self.servers.clone();
+        let running = servers.wait_for(|servers| !servers.is_empty());
+        let running = timeout(DEADLINE, running).await;
+        let running = running
+            .expect("a broker is started")
+            .expect("the test holds the brokers");
+        let place = self.choice.lock().below(running.len() as u64);
+        running[usize::try_from(place).unwrap()]
     }
 
     /// Publishes marks that come after everything that has been acknowledged, and waits until all
@@ -102,6 +133,44 @@ impl World {
         }
         let settled = timeout(DEADLINE, settling.join_all()).await;
         settled.unwrap_or_else(|_| panic!("not everything arrives: {:?}", self.progress()))
+    }
+
+    /// Like [`World::settle`], with many brokers: a mark that one of them takes may overtake what
+    /// another one had taken before.
+    pub(crate) async fn settle_cluster(
+        self: &Arc<Self>,
+        subscribers: Vec<Subscriber>,
+    ) -> Vec<Subscriber> {
+        let names: Vec<_> = subscribers.iter().map(Subscriber::name).collect();
+        let stop = watch::Sender::new(false);
+        let receiving: Vec<_> = subscribers
+            .into_iter()
+            .map(|subscriber| subscriber.start(self, stop.subscribe()))
+            .collect();
+        // What is missing then is what the check reports.
+        let _ = timeout(CLUSTER_DEADLINE, self.wait_for_missing(&names)).await;
+        stop.send_replace(true);
+        let mut subscribers = Vec::new();
+        for subscriber in receiving {
+            subscribers.push(subscriber.await.unwrap());
+        }
+        self.settle(subscribers).await
+    }
+
+    /// Waits until these subscribers have received all that they must have.
+    async fn wait_for_missing(&self, subscribers: &[String]) {
+        let mut progress = self.progress.subscribe();
+        loop {
+            let received = self.progress().received;
+            let violations = history::check_cluster(&self.history.lock(), subscribers);
+            let is_lost = |violation: &&_| matches!(violation, history::Violation::Lost(..));
+            let missing = violations.iter().filter(is_lost).count() as u64;
+            if missing == 0 {
+                return;
+            }
+            let enough = progress.wait_for(|now| now.received >= received + missing);
+            drop(enough.await.expect("the sender is part of the world"));
+        }
     }
 
     /// Like [`World::settle`], with the members of a share group.
@@ -151,6 +220,14 @@ impl World {
         self.report(&violations.into_iter().collect::<Vec<_>>());
     }
 
+    /// Fails the test if a cluster broke a promise to one of these subscribers.
+    #[track_caller]
+    pub(crate) fn check_cluster(&self, subscribers: &[Subscriber]) {
+        let names: Vec<_> = subscribers.iter().map(Subscriber::name).collect();
+        let violations = history::check_cluster(&self.history.lock(), &names);
+        self.report(&violations.into_iter().collect::<Vec<_>>());
+    }
+
     /// Fails the test if a promise was broken to this share group.
     #[track_caller]
     pub(crate) fn check_group(&self, members: &[Subscriber]) {
@@ -191,6 +268,8 @@ pub(crate) struct Publisher {
     pub(crate) messages: u32,
     pub(crate) payload_bytes: usize,
     pub(crate) window: usize,
+    /// Answers after which it cuts its connection and makes another one.
+    pub(crate) stay: u32,
 }
 
 struct Exchange {
@@ -210,6 +289,7 @@ impl Publisher {
             messages,
             payload_bytes: 100,
             window: 40,
+            stay: u32::MAX,
         }
     }
 
@@ -268,6 +348,7 @@ impl Publisher {
         let name = format!("publisher-{}", self.number);
         let connect = Connect::persistent(self.version, &name);
         let (mut client, _) = world.connect(&connect).await;
+        let mut answers_left = self.stay;
         assert!(
             client.session_present || exchanges.is_empty(),
             "{name}: the session is gone"
@@ -294,16 +375,21 @@ impl Publisher {
                     received: false,
                 };
                 output.extend(self.encode(&exchange, false));
+                world.record(Event::Published(message));
                 exchanges.push_back(exchange);
                 *next += 1;
             }
             if exchanges.is_empty() {
                 return client.disconnect().await;
             }
+            if answers_left == 0 {
+                return Err(io::Error::other("it goes elsewhere"));
+            }
             client.send(&std::mem::take(&mut output)).await?;
             let mut packet = Some(client.receive().await?);
             while let Some(received) = packet {
                 handle(world, exchanges, &mut output, &received)?;
+                answers_left = answers_left.saturating_sub(1);
                 packet = client.received();
             }
         }
@@ -353,8 +439,8 @@ fn handle(
 pub(crate) struct Subscriber {
     connect: Connect,
     filter: String,
-    subscribed: bool,
-    connection: Option<(Client, u32)>,
+    subscription: Subscription,
+    connection: Option<(Client, Server)>,
     /// QoS 2 identifiers between PUBLISH and PUBREL.
     awaiting_release: HashSet<u16>,
     /// QoS 1 messages acknowledged on this connection.
@@ -362,11 +448,21 @@ pub(crate) struct Subscriber {
     output: Vec<u8>,
 }
 
+#[derive(PartialEq)]
+enum Subscription {
+    Wanted,
+    Made,
+    Ended,
+}
+
 /// What a subscriber got.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Got {
     Message,
-    End(u32),
+    End {
+        mark: u32,
+        qos: u8,
+    },
     /// A packet that carries on a QoS 2 exchange.
     Other,
 }
@@ -376,7 +472,7 @@ impl Subscriber {
         Self {
             connect: Connect::persistent(version, name),
             filter: "load/#".to_owned(),
-            subscribed: false,
+            subscription: Subscription::Wanted,
             connection: None,
             awaiting_release: HashSet::new(),
             acknowledged: Vec::new(),
@@ -413,25 +509,26 @@ impl Subscriber {
         if self.connection.is_some() {
             return Ok(());
         }
-        let (mut client, run) = world.connect(&self.connect).await;
+        let (mut client, server) = world.connect(&self.connect).await;
         self.acknowledged.clear();
         self.output.clear();
-        if self.subscribed {
-            assert!(
-                client.session_present,
-                "{}: the session is gone",
-                self.name()
-            );
-        } else {
+        if self.subscription == Subscription::Wanted {
+            world.record(Event::Subscribing(self.name()));
             let earlier = client.subscribe(&self.filter, 2).await?;
-            self.subscribed = true;
-            self.connection = Some((client, run));
+            world.record(Event::Subscribed(self.name()));
+            self.subscription = Subscription::Made;
+            self.connection = Some((client, server));
             for publish in earlier {
-                self.accept(world, run, &publish, true);
+                self.accept(world, server.run, &publish, true);
             }
             return self.flush().await;
         }
-        self.connection = Some((client, run));
+        assert!(
+            client.session_present,
+            "{}: the session is gone",
+            self.name()
+        );
+        self.connection = Some((client, server));
         Ok(())
     }
 
@@ -449,8 +546,8 @@ impl Subscriber {
 
     async fn try_step(&mut self, world: &World, acknowledge: bool) -> io::Result<Got> {
         self.open(world).await?;
-        let (client, run) = self.connection.as_mut().expect("it was opened");
-        let run = *run;
+        let (client, server) = self.connection.as_mut().expect("it was opened");
+        let run = server.run;
         let packet = match client.received() {
             Some(packet) => packet,
             None => {
@@ -459,6 +556,16 @@ impl Subscriber {
                 client.receive().await?
             }
         };
+        self.take(world, run, packet, acknowledge)
+    }
+
+    fn take(
+        &mut self,
+        world: &World,
+        run: u32,
+        packet: Packet,
+        acknowledge: bool,
+    ) -> io::Result<Got> {
         match packet {
             Packet::Publish(publish) => Ok(self.accept(world, run, &publish, acknowledge)),
             Packet::Answer(Answer::PubRel, packet_id, _) => {
@@ -489,7 +596,10 @@ impl Subscriber {
             let progress = &world.progress;
             let place = usize::from(publish.qos) - 1;
             progress.send_modify(|progress| progress.ends_received[place] = end);
-            return Got::End(end);
+            return Got::End {
+                mark: end,
+                qos: publish.qos,
+            };
         }
         let message = parse(publish);
         world.record(Event::Received {
@@ -506,14 +616,16 @@ impl Subscriber {
 
     /// Receives and acknowledges until this mark comes.
     async fn run_to_end(&mut self, world: &World, end: u32) {
-        let mut marks = 2;
-        while marks > 0 {
-            if self
-                .step(world, true)
-                .await
-                .is_ok_and(|got| got == Got::End(end))
+        let mut missing = HashSet::from([1, 2]);
+        if self.subscription == Subscription::Ended {
+            missing.clear();
+            while self.drain(world).await.is_err() {}
+        }
+        while !missing.is_empty() {
+            if let Ok(Got::End { mark, qos }) = self.step(world, true).await
+                && mark == end
             {
-                marks -= 1;
+                missing.remove(&qos);
             }
         }
         self.disconnect(world).await.unwrap();
@@ -547,26 +659,70 @@ impl Subscriber {
         }
         self.output.extend(DISCONNECT);
         let flushed = self.flush().await;
-        let Some((mut client, run)) = self.connection.take() else {
+        let Some((mut client, server)) = self.connection.take() else {
             return Ok(());
         };
         flushed?;
         client.wait_for_end().await;
         // Otherwise the broker may have been killed meanwhile.
-        if world
-            .server
-            .borrow()
-            .is_some_and(|server| server.run == run)
-        {
+        if world.servers.borrow().contains(&server) {
             for message in self.acknowledged.drain(..) {
                 world.record(Event::TakenOver {
                     subscriber: self.connect.client_id.clone(),
                     message,
-                    run,
+                    run: server.run,
                 });
             }
         }
         Ok(())
+    }
+
+    /// Ends the subscription for good. What was published before may still come, until UNSUBACK
+    /// or later.
+    ///
+    /// # Errors
+    /// When the connection ends before UNSUBACK; the next call makes a new one.
+    pub(crate) async fn unsubscribe(&mut self, world: &World) -> io::Result<()> {
+        self.open(world).await?;
+        world.record(Event::Unsubscribing(self.name()));
+        let packet = wire::unsubscribe(self.connect.version, 1, &self.filter);
+        self.receive_until(world, &packet, &Packet::UnsubAck)
+            .await?;
+        self.subscription = Subscription::Ended;
+        world.record(Event::Unsubscribed(self.name()));
+        Ok(())
+    }
+
+    /// Receives and acknowledges what the broker has for it at once.
+    ///
+    /// # Errors
+    /// When the connection ends before; the next call makes a new one.
+    pub(crate) async fn drain(&mut self, world: &World) -> io::Result<()> {
+        self.open(world).await?;
+        self.receive_until(world, &PINGREQ, &Packet::PingResp).await
+    }
+
+    /// Sends `packet`, and receives and acknowledges until its `answer` comes.
+    async fn receive_until(
+        &mut self,
+        world: &World,
+        packet: &[u8],
+        answer: &Packet,
+    ) -> io::Result<()> {
+        self.output.extend(packet);
+        loop {
+            self.flush().await?;
+            let (client, server) = self.connection.as_mut().expect("it was opened");
+            let run = server.run;
+            let received = client.receive().await;
+            if received.is_err() {
+                self.connection = None;
+            }
+            match received? {
+                received if received == *answer => return Ok(()),
+                received => self.take(world, run, received, true)?,
+            };
+        }
     }
 
     /// Connects again without ending the connection that is there: nothing more is read from that.
