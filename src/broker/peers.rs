@@ -102,8 +102,10 @@ impl Node {
     pub(super) fn lose(&self, sessions: &[SessionId]) {
         for session in sessions {
             if let Some(mailbox) = self.shared.mailbox(*session) {
-                let holder = self.shared.place_of(&mailbox.client_id);
-                let holder = holder.and_then(|place| place.node);
+                let place = self.shared.place_of(&mailbox.client_id);
+                // Its new node may not have been heard of yet.
+                let holder = place.and_then(|place| place.node);
+                let holder = holder.filter(|node| *node != self.flusher.node);
                 self.let_go(&mailbox.client_id, &mailbox, holder);
             }
         }
