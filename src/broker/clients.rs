@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
+use super::inspect::Presence;
 use super::mailbox::{Mailbox, Order};
-use crate::mqtt::SubscriptionFilter;
 use crate::mqtt::topic::SubscribeOptions;
+use crate::mqtt::{ProtocolVersion, SubscriptionFilter};
 use crate::session::Exchanges;
 use crate::store::SessionRecord;
 
@@ -42,6 +43,8 @@ type Shard = HashMap<Arc<str>, Slot>;
 enum Slot {
     Connected {
         mailbox: Arc<Mailbox>,
+        /// Absent until the connection has introduced itself.
+        presence: Option<Arc<Presence>>,
         /// The connection that is to have the session next.
         successor: Option<oneshot::Sender<Option<Box<Detached>>>>,
     },
@@ -49,6 +52,22 @@ enum Slot {
 }
 
 const SHARDS: usize = 64;
+
+/// What an onlooker sees of a session.
+#[derive(Debug)]
+pub(super) enum Seen {
+    Connected {
+        mailbox: Arc<Mailbox>,
+        presence: Option<Arc<Presence>>,
+    },
+    Detached {
+        mailbox: Arc<Mailbox>,
+        version: ProtocolVersion,
+        expiry_interval: u32,
+        ends_at: Option<u64>,
+        in_flight: u16,
+    },
+}
 
 /// A session that a connection now has for itself.
 #[derive(Debug)]
@@ -120,13 +139,19 @@ impl Clients {
         let found = match (handed_over, shard.remove(client_id)) {
             (None, None) => None,
             (None, Some(Slot::Detached(detached))) => Some(detached),
-            (None, Some(Slot::Connected { mailbox, .. })) => {
+            (
+                None,
+                Some(Slot::Connected {
+                    mailbox, presence, ..
+                }),
+            ) => {
                 let (sender, receiver) = oneshot::channel();
-                mailbox.order_to_end(Order::TakenOver);
+                mailbox.give(Order::TakenOver);
                 shard.insert(
                     client_id.clone(),
                     Slot::Connected {
                         mailbox,
+                        presence,
                         successor: Some(sender),
                     },
                 );
@@ -152,12 +177,13 @@ impl Clients {
             .map_or_else(create, |detached| detached.mailbox.clone());
         mailbox.clear_order();
         if successor.is_some() {
-            mailbox.order_to_end(Order::TakenOver);
+            mailbox.give(Order::TakenOver);
         }
         shard.insert(
             client_id.clone(),
             Slot::Connected {
                 mailbox: mailbox.clone(),
+                presence: None,
                 successor,
             },
         );
@@ -168,21 +194,23 @@ impl Clients {
         })
     }
 
-    /// The claimed session turns out to have another mailbox.
+    /// The claimed session turns out to have this mailbox. It is not taken over by whoever had it
+    /// before.
     pub(super) fn rebind(&self, client_id: &Arc<str>, mailbox: &Arc<Mailbox>) {
         let mut shard = self.shard(client_id).lock();
         if let Some(Slot::Connected {
             mailbox: claimed,
             successor,
+            ..
         }) = shard.get_mut(client_id)
         {
             let order = claimed.order();
             *claimed = mailbox.clone();
             mailbox.clear_order();
             if successor.is_some() {
-                mailbox.order_to_end(Order::TakenOver);
-            } else if let Some(order) = order {
-                mailbox.order_to_end(order);
+                mailbox.give(Order::TakenOver);
+            } else if let Some(order) = order.filter(|order| *order != Order::TakenOver) {
+                mailbox.give(order);
             }
         }
     }
@@ -193,6 +221,48 @@ impl Clients {
             Some(Slot::Connected { mailbox, .. }) => Some(mailbox.clone()),
             _ => None,
         }
+    }
+
+    /// Says what there is to know of the connection that has the session.
+    pub(crate) fn introduce(&self, mailbox: &Arc<Mailbox>, known: &Arc<Presence>) {
+        let mut shard = self.shard(&mailbox.client_id).lock();
+        if let Some(Slot::Connected {
+            mailbox: own,
+            presence,
+            ..
+        }) = shard.get_mut(&mailbox.client_id)
+            && Arc::ptr_eq(own, mailbox)
+        {
+            *presence = Some(known.clone());
+        }
+    }
+
+    /// Shows each client id, and whether its client is connected, in no order.
+    pub(super) fn visit_ids(&self, mut visit: impl FnMut(&Arc<str>, bool)) {
+        for shard in &self.shards {
+            for (client_id, slot) in shard.lock().iter() {
+                visit(client_id, matches!(slot, Slot::Connected { .. }));
+            }
+        }
+    }
+
+    /// What there is of a client.
+    pub(super) fn see(&self, client_id: &str) -> Option<Seen> {
+        Some(match self.shard(client_id).lock().get(client_id)? {
+            Slot::Connected {
+                mailbox, presence, ..
+            } => Seen::Connected {
+                mailbox: mailbox.clone(),
+                presence: presence.clone(),
+            },
+            Slot::Detached(detached) => Seen::Detached {
+                mailbox: detached.mailbox.clone(),
+                version: detached.record.version,
+                expiry_interval: detached.record.expiry_interval,
+                ends_at: detached.record.ends_at,
+                in_flight: detached.exchanges.outbound.count(),
+            },
+        })
     }
 
     /// Gives the session back when its connection has ended; `None` if it ended with it.
@@ -248,10 +318,27 @@ impl Clients {
     /// Tells every connection to end, and lets no other begin.
     pub(crate) fn close(&self, order: Order) {
         self.closed.store(true, Ordering::Release);
+        self.order_connected(order);
+    }
+
+    /// Of all clients that are connected.
+    pub(crate) fn connected_mailboxes(&self) -> Vec<Arc<Mailbox>> {
+        let mut mailboxes = Vec::new();
         for shard in &self.shards {
             for slot in shard.lock().values() {
                 if let Slot::Connected { mailbox, .. } = slot {
-                    mailbox.order_to_end(order);
+                    mailboxes.push(mailbox.clone());
+                }
+            }
+        }
+        mailboxes
+    }
+
+    pub(crate) fn order_connected(&self, order: Order) {
+        for shard in &self.shards {
+            for slot in shard.lock().values() {
+                if let Slot::Connected { mailbox, .. } = slot {
+                    mailbox.give(order);
                 }
             }
         }

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::Node;
 use super::mailbox::{Admission, Mailbox};
-use super::peers::{Missed, MissedChunk};
+use super::peers::{Known, MissedChunk};
 use super::trim::Overfull;
 use crate::bus::wire::{Header, Stamp};
 use crate::cluster::link::Clock;
@@ -50,6 +50,10 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Milliseconds that the clock gains in a second at most by counting alone: each has 65,536 values.
 const COUNTED_MS: u64 = 10;
+
+/// Clock values that a flush keeps for what it turns out to miss, of 65,535 messages each: more than
+/// there is memory for.
+const MISSED_HLCS: u64 = 256;
 
 /// A node whose clock is further ahead than this does not drag the others with it.
 const CLOCK_AHEAD_MAX: Duration = Duration::from_secs(60);
@@ -140,19 +144,41 @@ struct Flush {
     messages: Vec<Matched>,
     /// Chunks to be handed on to whoever empties their inbox.
     later: Vec<(Arc<Mailbox>, Chunk)>,
+    missed_ids: MissedIds,
+}
+
+/// Places for messages that a flush has missed: behind all that it has, and before all that was
+/// gathered since.
+#[derive(Debug)]
+pub(super) struct MissedIds(MessageId);
+
+impl MissedIds {
+    pub(super) fn next(&mut self) -> MessageId {
+        let id = self.0;
+        match self.0.index.checked_add(1) {
+            Some(index) => self.0.index = index,
+            None => {
+                self.0.hlc += 1;
+                self.0.index = 0;
+            }
+        }
+        id
+    }
 }
 
 impl Flush {
-    /// Adds what messages have missed; returns how far they have been matched.
-    fn add(&mut self, missed: Missed) -> Vec<LogPosition> {
+    /// Adds what messages have missed, by what is known of other nodes' subscriptions now; returns how
+    /// much of their logs that is.
+    fn add_missed(&mut self, node: &Node, known: Known) -> Vec<LogPosition> {
+        let missed = node.missed(&self.messages, known.version, &mut self.missed_ids);
         for matched in &mut self.messages {
-            matched.version = missed.version;
+            matched.version = known.version;
         }
         for MissedChunk {
             mailbox,
             chunk,
             guard,
-        } in missed.chunks
+        } in missed
         {
             self.changes.push(Change::Enqueue {
                 session: mailbox.session,
@@ -161,7 +187,7 @@ impl Flush {
             });
             self.later.push((mailbox, chunk));
         }
-        missed.followed
+        known.followed
     }
 }
 
@@ -235,11 +261,37 @@ impl Flusher {
     }
 
     /// Writes a flush, and what it has to hold besides because of other nodes.
-    async fn commit(&self, mut flush: Flush, node: &Node) -> Result<(), StoreError> {
+    async fn commit(&self, flush: Flush, node: &Node) -> Result<(), StoreError> {
+        let acknowledges_messages = !flush.messages.is_empty();
+        self.write(flush, node).await?;
+        if acknowledges_messages {
+            self.hand_over(node).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until other nodes get what was handed on, whatever becomes of this one. A publisher that
+    /// was answered may go on at another node, and must not be overtaken there.
+    async fn hand_over(&self, node: &Node) -> Result<(), StoreError> {
+        let Some(cluster) = &node.cluster else {
+            return Ok(());
+        };
+        if cluster.links.carried().await {
+            return Ok(());
+        }
+        // If the bus alone has failed, the others ask for what they miss, later. If this node is cut
+        // off, they read it once they have declared it dead, and it must not answer any more.
+        let nothing = Arc::default();
+        self.until_available(|| self.store.write(Arc::clone(&nothing), None))
+            .await?;
+        Ok(())
+    }
+
+    async fn write(&self, mut flush: Flush, node: &Node) -> Result<(), StoreError> {
         let mut followed = None;
         if flush.messages.iter().any(|matched| matched.guard.is_some()) {
-            let missed = self.until_available(|| node.missed(&flush.messages, &[]));
-            followed = Some(flush.add(missed.await?));
+            let known = self.until_available(|| node.follow_to(&[])).await?;
+            followed = Some(flush.add_missed(node, known));
         }
         loop {
             // Everything may have been taken over by clients before it had to be written.
@@ -252,9 +304,8 @@ impl Flusher {
                 .await?;
             if written.behind {
                 flush.changes = Arc::unwrap_or_clone(all);
-                let missed =
-                    self.until_available(|| node.missed(&flush.messages, &written.subscriptions));
-                followed = Some(flush.add(missed.await?));
+                let known = self.until_available(|| node.follow_to(&written.subscriptions));
+                followed = Some(flush.add_missed(node, known.await?));
                 continue;
             }
             for change in all.iter() {
@@ -286,9 +337,8 @@ impl Flusher {
             // Of those, nothing was missed when they were written, or they count no more.
             flush.messages.retain(|matched| matched.guard.is_none());
             followed = None;
-            let missed =
-                self.until_available(|| node.missed(&flush.messages, &written.subscriptions));
-            flush.add(missed.await?);
+            let known = self.until_available(|| node.follow_to(&written.subscriptions));
+            flush.add_missed(node, known.await?);
             if flush.changes.is_empty() {
                 return Ok(());
             }
@@ -354,6 +404,13 @@ impl Flusher {
         gathering.number += 1;
         gathering.writing_from = Some(gathering.first_hlc);
         gathering.tick();
+        let missed_ids = MissedIds(MessageId {
+            hlc: gathering.hlc,
+            node: self.node,
+            index: 0,
+        });
+        gathering.hlc += MISSED_HLCS;
+        gathering.tick();
         gathering.places.clear();
         gathering.first_hlc = gathering.hlc;
         gathering.bytes = 0;
@@ -366,6 +423,7 @@ impl Flusher {
             messages: std::mem::take(&mut gathering.messages),
             unstored: std::mem::take(&mut gathering.unstored),
             later,
+            missed_ids,
         })
     }
 
@@ -483,6 +541,11 @@ impl Flusher {
         self.gathered_bytes.load(Ordering::Relaxed) < GATHERED_BYTES_MAX
     }
 
+    /// The receipt of what is added next.
+    pub(crate) fn gathering(&self) -> Receipt {
+        Receipt(self.gathering.lock().number)
+    }
+
     /// The receipt of everything that has been added so far.
     pub(crate) fn everything(&self) -> Receipt {
         let gathering = self.gathering.lock();
@@ -534,6 +597,25 @@ impl Additions<'_> {
     /// before it may be acknowledged.
     pub(super) fn match_again(&mut self, matched: Matched) {
         self.gathering.messages.push(matched);
+    }
+
+    /// Adds what has been gathered to the inbox of a session that has turned out to want it, so that
+    /// it comes before whatever is gathered from now on. All of it has been matched as of `version`
+    /// then.
+    pub(super) fn catch_up(
+        &mut self,
+        mailbox: &Arc<Mailbox>,
+        version: u64,
+        wanted: impl Fn(&Message) -> Option<Delivery>,
+    ) {
+        for at in 0..self.gathering.messages.len() {
+            let matched = &mut self.gathering.messages[at];
+            matched.version = version;
+            let guard = matched.guard;
+            if let Some(delivery) = wanted(&matched.message) {
+                self.enqueue(mailbox, delivery, guard);
+            }
+        }
     }
 
     /// Adds a message to an inbox, and hands it to whoever empties the inbox, in one step: both

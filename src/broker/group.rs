@@ -110,6 +110,23 @@ impl Group {
         &self.mailbox
     }
 
+    /// The client ids of its members.
+    pub(crate) fn member_ids(&self) -> Vec<Arc<str>> {
+        let members = self.members.lock();
+        let ids = members.all.iter().map(|member| member.client_id.clone());
+        ids.collect()
+    }
+
+    /// How a client has subscribed, if it has.
+    pub(super) fn terms_of(&self, client_id: &str) -> Option<(SubscribeOptions, Option<u32>)> {
+        let members = self.members.lock();
+        let mut all = members.all.iter();
+        let member = all.find(|member| *member.client_id == *client_id)?;
+        let identifiers = member.identifiers.as_ref();
+        let identifier = identifiers.and_then(|all| all.first().copied());
+        Some((member.options, identifier))
+    }
+
     pub(crate) fn member_count(&self) -> usize {
         self.members.lock().all.len()
     }

@@ -13,8 +13,9 @@ use std::task::Waker;
 
 use parking_lot::Mutex;
 
+use super::inspect::Waiting;
 use crate::mqtt::topic::SubscriptionFilter;
-use crate::mqtt::{Message, QoS};
+use crate::mqtt::{Message, QoS, ReasonCode};
 use crate::session::{Delivery, Origin};
 use crate::store::{Chunk, Entry, InboxSummary, MessageId, SessionId};
 
@@ -47,12 +48,16 @@ pub(crate) struct Dropped {
     pub(crate) queue_full: AtomicU64,
 }
 
-/// Why a connection must end, said from outside.
+/// What a connection must do, said from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
+    /// Ask whether its client may stay; all others are to end.
+    CheckAccess,
     TakenOver,
     QueueFull,
     Shutdown,
+    /// By whoever operates the broker.
+    Kicked(ReasonCode),
 }
 
 /// The messages on their way to one session or share group.
@@ -342,6 +347,23 @@ impl Mailbox {
     /// Whether another node has taken the session from the connection.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
+    }
+
+    /// What waits for the session.
+    pub(super) fn waiting(&self) -> Waiting {
+        let state = self.state.lock();
+        let (memory_messages, memory_bytes) = (state.live.len() as u64, state.live_bytes as u64);
+        let (messages, bytes) = if self.is_durable() {
+            (state.inbox.messages, state.inbox.bytes)
+        } else {
+            (memory_messages, memory_bytes)
+        };
+        Waiting {
+            messages,
+            bytes,
+            memory_messages,
+            memory_bytes,
+        }
     }
 
     /// Whether the limits of the inbox let another message in.
@@ -819,13 +841,23 @@ impl Mailbox {
         self.state.lock().order
     }
 
-    /// Tells the connection to end.
-    pub(crate) fn order_to_end(&self, order: Order) {
+    /// The connection has carried an order out that does not end it.
+    pub(crate) fn withdraw_order(&self, carried_out: Order) {
+        self.state
+            .lock()
+            .order
+            .take_if(|order| *order == carried_out);
+    }
+
+    /// Tells the connection to end, or to ask whether it should.
+    pub(crate) fn give(&self, order: Order) {
         self.give_order(&mut self.state.lock(), order);
     }
 
     fn give_order(&self, state: &mut State, order: Order) {
-        state.order.get_or_insert(order);
+        if matches!(state.order, None | Some(Order::CheckAccess)) {
+            state.order = Some(order);
+        }
         if let Some(consumer) = state.consumer.take() {
             consumer.wake();
         }

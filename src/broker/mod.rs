@@ -9,9 +9,11 @@ pub(crate) mod clients;
 pub(crate) mod consumer;
 pub(crate) mod flush;
 pub(crate) mod group;
+pub(crate) mod inspect;
 pub(crate) mod mailbox;
 mod peers;
 pub(crate) mod retained;
+mod routes;
 pub(crate) mod sessions;
 mod shared;
 pub(crate) mod subscriptions;
@@ -39,6 +41,7 @@ use group::Group;
 use mailbox::{Dropped, Mailbox, MailboxLimits};
 use peers::Peers;
 use retained::RetainedMessages;
+use routes::Routes;
 use sessions::Deadlines;
 use shared::SharedSessions;
 use subscriptions::{Matches, Subscriptions};
@@ -66,6 +69,7 @@ pub(crate) struct Node {
     pub(crate) cluster: Option<Arc<Cluster>>,
     shared: SharedSessions,
     peers: Peers,
+    routes: Routes,
     pub(crate) clients: Clients,
     pub(crate) subscriptions: Subscriptions,
     pub(crate) retained: RetainedMessages,
@@ -125,6 +129,7 @@ impl Node {
             cluster,
             shared: SharedSessions::default(),
             peers: Peers::default(),
+            routes: Routes::default(),
             clients: Clients::new(),
             subscriptions: Subscriptions::new(),
             retained: RetainedMessages::default(),
@@ -147,7 +152,7 @@ impl Node {
         last_topic: &mut LastTopic,
         with: Option<Change>,
     ) -> Published {
-        let matches = self.matches(message.topic(), last_topic);
+        let mut matches = self.matches(message.topic(), last_topic);
         let qos = message.qos();
         let mut crowded = None;
         let mut matched = !matches.groups.is_empty() || !matches.nodes.is_empty();
@@ -161,6 +166,10 @@ impl Node {
             .and_then(Change::session);
         let mut additions = stores.then(|| self.flusher.add());
         if let Some(additions) = &mut additions {
+            if is_clustered {
+                // What was learned of other nodes just now is as good as before it.
+                matches = self.matches(message.topic(), last_topic);
+            }
             if is_clustered && qos > QoS::AtMostOnce {
                 additions.match_again(Matched {
                     message: message.clone(),

@@ -13,17 +13,18 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::Node;
 use super::clients::{Claim, Detached, SessionSubscriptions};
 use super::consumer::{Consumer, Inbox};
-use super::flush::{Matched, Receipt, Unstored, unix_ms};
+use super::flush::{Matched, MissedIds, Receipt, Unstored, unix_ms};
 use super::mailbox::Mailbox;
 use super::retained::RetainedWalk;
-use super::sessions::{Connected, NotOpened, Taken, random_session_id};
+use super::sessions::{Connected, NotOpened, Taken, WillFate, random_session_id};
 use super::shared::{self, Learned, Noted, Place};
 use crate::bus::wire::Item;
-use crate::cluster::Cluster;
+use crate::cluster::{Announced, Cluster};
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, PacketId, QoS, SubscriptionFilter};
 use crate::session::connect::Terms;
@@ -56,18 +57,16 @@ pub(super) struct Peers {
     expected: Mutex<HashMap<Arc<str>, Expected>>,
     /// What sessions that were taken have left, and that is being dealt with.
     finishing: Mutex<HashMap<SessionId, Receipt>>,
-    /// How many sessions of this node want each filter, of those that do not outlive their
-    /// connection: other nodes are told of the first and the last.
-    interest: Mutex<HashMap<SubscriptionFilter, usize>>,
-    /// What such sessions of each other node want.
-    routes: Mutex<HashMap<u32, HashSet<SubscriptionFilter>>>,
+    /// Nodes that wait for this one to let a client go which has no session there, and its epoch.
+    takers: Mutex<HashMap<Arc<str>, (u32, u64)>>,
+    /// Clients that have said goodbye, and their Wills, which the store may still have.
+    discarded: Mutex<DiscardedWills>,
 }
 
-/// What [`Node::missed`] found.
+/// How far this node has followed the subscriptions of others.
 #[derive(Default)]
-pub(super) struct Missed {
-    pub(super) chunks: Vec<MissedChunk>,
-    /// Of the subscriptions that messages have been matched with now.
+pub(super) struct Known {
+    /// Of the subscriptions that have it.
     pub(super) version: u64,
     /// How much of other nodes' logs is in them.
     pub(super) followed: Vec<LogPosition>,
@@ -88,8 +87,32 @@ pub(super) type InFlightMessage = (PacketId, MessageId);
 struct Expected {
     node: u32,
     epoch: u64,
-    let_go: oneshot::Sender<Vec<InFlightMessage>>,
+    let_go: oneshot::Sender<LetGo>,
 }
+
+/// What a node says as it lets a session go.
+#[derive(Default)]
+struct LetGo {
+    in_flight: Vec<InFlightMessage>,
+    will_discarded: bool,
+}
+
+/// Wills that were discarded, until the store knows that and nobody can have taken the session before
+/// it did.
+#[derive(Default)]
+struct DiscardedWills {
+    clients: HashMap<Arc<str>, DiscardedWill>,
+    swept: Option<Instant>,
+}
+
+struct DiscardedWill {
+    at: Instant,
+    /// Of what tells the store.
+    receipt: Receipt,
+}
+
+/// How long it is remembered that a Will was discarded: whoever takes the session waits for less.
+const DISCARDED_KEPT: Duration = Duration::from_secs(2);
 
 struct Unaware {
     nodes: HashSet<u32>,
@@ -144,7 +167,27 @@ impl Node {
         else {
             return;
         };
-        let (flusher, client_id) = (self.flusher.clone(), client_id.clone());
+        let let_go = LetGo {
+            in_flight,
+            will_discarded: self.is_will_discarded(client_id),
+        };
+        self.say_taken_to(&cluster, node, client_id, (session, epoch), let_go);
+    }
+
+    fn say_taken_to(
+        &self,
+        cluster: &Arc<Cluster>,
+        node: u32,
+        client_id: &Arc<str>,
+        (session, epoch): (Option<SessionId>, u64),
+        let_go: LetGo,
+    ) {
+        let (cluster, flusher) = (cluster.clone(), self.flusher.clone());
+        let LetGo {
+            in_flight,
+            will_discarded,
+        } = let_go;
+        let client_id = client_id.clone();
         self.tasks.spawn(async move {
             // The client's own messages, and what it has acknowledged, come before what follows at
             // the other node. If they never will be durable, it need not wait for them.
@@ -156,36 +199,71 @@ impl Node {
                     client_id,
                     epoch,
                     in_flight,
+                    will_discarded,
                 };
                 cluster.send(node, &taken);
             }
         });
     }
 
-    /// Messages for subscriptions that other nodes had made before these were written, but that this
-    /// node did not know of: they have to be written too before anything is acknowledged.
-    pub(super) async fn missed(
-        &self,
-        messages: &[Matched],
-        positions: &[LogPosition],
-    ) -> Result<Missed, StoreError> {
-        let mut missed = Missed::default();
+    /// Remembers that a client has said goodbye: another node may take its session before the store
+    /// knows, and must not publish its Will.
+    pub(super) fn discard_will(&self, client_id: &Arc<str>) {
+        if self.cluster.is_none() {
+            return;
+        }
+        let (at, receipt) = (Instant::now(), self.flusher.gathering());
+        let mut wills = self.peers.discarded.lock();
+        if wills.swept.is_none_or(|swept| at - swept > DISCARDED_KEPT) {
+            wills.swept = Some(at);
+            wills.clients.retain(|_, will| {
+                at - will.at < DISCARDED_KEPT || !self.flusher.is_durable(will.receipt)
+            });
+        }
+        wills
+            .clients
+            .insert(client_id.clone(), DiscardedWill { at, receipt });
+    }
+
+    /// A client has connected again, with another Will or without one.
+    pub(super) fn forget_discarded_will(&self, client_id: &Arc<str>) {
+        self.peers.discarded.lock().clients.remove(client_id);
+    }
+
+    fn is_will_discarded(&self, client_id: &Arc<str>) -> bool {
+        self.peers.discarded.lock().clients.contains_key(client_id)
+    }
+
+    /// Follows the logs of other nodes up to `positions`, at least.
+    pub(super) async fn follow_to(&self, positions: &[LogPosition]) -> Result<Known, StoreError> {
         let Some(cluster) = &self.cluster else {
-            return Ok(missed);
+            return Ok(Known::default());
         };
         self.follow(cluster, positions).await?;
-        {
-            // While nothing more is followed: both are of the same moment.
-            let followed = self.peers.followed.lock().await;
-            let positions = followed.iter();
-            missed.followed = positions
+        // While nothing more is followed: both are of the same moment.
+        let followed = self.peers.followed.lock().await;
+        let positions = followed.iter();
+        Ok(Known {
+            followed: positions
                 .map(|(node, entry)| LogPosition {
                     node: *node,
                     entry: *entry,
                 })
-                .collect();
-            missed.version = self.subscriptions.version();
-        }
+                .collect(),
+            version: self.subscriptions.version(),
+        })
+    }
+
+    /// Messages for subscriptions that other nodes had made before these were written, but that this
+    /// node did not know of: they have to be written too before anything is acknowledged. What was
+    /// learned after `known` is left to the next look.
+    pub(super) fn missed(
+        &self,
+        messages: &[Matched],
+        known: u64,
+        ids: &mut MissedIds,
+    ) -> Vec<MissedChunk> {
+        let mut missed = Vec::new();
         for Matched {
             message,
             version,
@@ -195,42 +273,45 @@ impl Node {
             let Some(learned) = self.shared.learned_since(*version) else {
                 // So many at a time: it is matched with all subscriptions again. Whoever had it
                 // before gets a QoS 1 message twice.
-                missed.chunks.extend(self.match_whole(message, *guard));
+                missed.extend(self.match_whole(message, *guard, ids));
                 continue;
             };
             for learned in learned {
-                // Its turn comes with the next look.
-                if learned.version > missed.version {
+                if learned.version > known {
                     continue;
                 }
-                let qos = message.qos().min(learned.options.maximum_qos);
-                if qos == QoS::AtMostOnce || !learned.filter.filter.matches(message.topic()) {
+                let Some(delivery) = learned.delivery(message) else {
                     continue;
-                }
-                let id = self.flusher.add().next_id();
+                };
+                let id = ids.next();
                 let entry = Entry {
                     id,
-                    qos,
-                    retain: message.retain() && learned.options.retain_as_published,
-                    subscription_identifiers: learned.identifier.map(|id| Arc::from([id])),
-                    message: message.clone(),
+                    qos: delivery.qos,
+                    retain: delivery.retain,
+                    subscription_identifiers: delivery.subscription_identifiers,
+                    message: delivery.message,
                 };
                 let chunk = Chunk {
                     key: id,
                     entries: vec![entry],
                 };
-                missed.chunks.push(MissedChunk {
+                missed.push(MissedChunk {
                     mailbox: learned.mailbox,
                     chunk,
                     guard: *guard,
                 });
             }
         }
-        Ok(missed)
+        missed
     }
 
     /// A message for the inboxes of all sessions that want it.
-    fn match_whole(&self, message: &Message, guard: Option<SessionId>) -> Vec<MissedChunk> {
+    fn match_whole(
+        &self,
+        message: &Message,
+        guard: Option<SessionId>,
+        ids: &mut MissedIds,
+    ) -> Vec<MissedChunk> {
         let (matches, _) = self.subscriptions.matches(message.topic());
         let durable = matches
             .sessions
@@ -239,7 +320,7 @@ impl Node {
         durable
             .filter_map(|found| {
                 let delivery = found.terms.delivery(message);
-                let id = self.flusher.add().next_id();
+                let id = ids.next();
                 let entry = Entry {
                     id,
                     qos: delivery.qos,
@@ -394,12 +475,13 @@ impl Node {
             self.clients.release(client_id, here);
             return Err(error.into());
         }
+        let new_session = match &here {
+            Some(_) => random_session_id(),
+            None => claimed.session,
+        };
         let request = OpenRequest {
             owner: Owner::Client(client_id.clone()),
-            new_session: match &here {
-                Some(_) => random_session_id(),
-                None => claimed.session,
-            },
+            new_session,
             clean_start: terms.clean_start,
             version: terms.version,
             expiry_interval: terms.expiry_interval,
@@ -407,7 +489,7 @@ impl Node {
             durable,
             epoch_min: epoch,
         };
-        let opened = match cluster.open(request).await {
+        let mut opened = match cluster.open(request).await {
             Ok(Some(opened)) => opened,
             Ok(None) => {
                 self.clients.release(client_id, None);
@@ -439,15 +521,17 @@ impl Node {
         } else {
             mailbox
         };
-        self.clients.rebind(client_id, &mailbox);
-        // Whoever takes the session from now on is heard.
-        mailbox.regain();
         let place = Place {
             session: durable.then_some(session),
             epoch,
             node,
         };
-        if !self.shared.place(client_id, place) {
+        let is_newest = self.shared.place(client_id, place);
+        // Whoever had the client before this may have been heard of only now.
+        self.clients.rebind(client_id, &mailbox);
+        mailbox.regain();
+        // Whoever takes the session from now on is heard.
+        if !is_newest || self.shared.place_of(client_id) != Some(place) {
             self.clients.release(client_id, None);
             return Err(NotOpened::Superseded);
         }
@@ -456,16 +540,31 @@ impl Node {
             .filter(|last| cluster.members.is_alive(*last))
             .map(|last| self.expect_session(client_id, epoch, last));
         let told = self.announce(cluster, &mailbox, epoch);
-        let in_flight = match let_go {
+        let let_go = match let_go {
             Some(let_go) => let_go.await,
             None => None,
         };
         self.peers.expected.lock().remove(client_id);
-        if let (Some(last), None) = (last_node, &in_flight) {
+        if let (Some(last), None) = (last_node, &let_go) {
             // Whatever it may still write, and however wrong its clock is: what this node writes
             // comes after.
             let reserved = cluster.reserved_by(last).await;
             self.flusher.observe(reserved);
+        }
+        let LetGo {
+            in_flight,
+            will_discarded,
+        } = let_go.unwrap_or_default();
+        if will_discarded && let Some(last) = opened.leftovers.last_mut() {
+            // The one that this connection has made, if it has.
+            let is_own = if last.ended {
+                !opened.present
+            } else {
+                last.session == new_session
+            };
+            if is_own {
+                last.will = None;
+            }
         }
         let mut receipt = Receipt::NOTHING;
         for leftover in &opened.leftovers {
@@ -476,10 +575,7 @@ impl Node {
         };
         let resumed = opened.present.then(|| match here {
             Some(here) if is_last(&here) => here,
-            _ => {
-                let in_flight = in_flight.unwrap_or_default();
-                Box::new(self.detached(opened.session, &mailbox, epoch, &in_flight))
-            }
+            _ => Box::new(self.detached(opened.session, &mailbox, epoch, &in_flight)),
         });
         Ok(Taken {
             mailbox,
@@ -559,6 +655,7 @@ impl Node {
         connected: Connected,
         consumer: Consumer,
         exchanges: Exchanges,
+        will: WillFate,
     ) {
         let Connected {
             mailbox,
@@ -576,7 +673,9 @@ impl Node {
         let place = self.shared.place_of(&client_id);
         if place.is_none_or(|place| place.session != Some(mailbox.session)) {
             // The other node has nothing of it: this one ends it, unless it is over already.
-            if let Some(will) = &mut record.will {
+            if will == WillFate::Publish
+                && let Some(will) = &mut record.will
+            {
                 will.due_at = Some(unix_ms());
             }
             self.end_session(Detached {
@@ -588,7 +687,16 @@ impl Node {
             });
         }
         self.clients.release(&client_id, None);
-        self.say_taken(&client_id, in_flight);
+        let taker = self.peers.takers.lock().remove(&client_id);
+        if let (Some((node, epoch)), Some(cluster)) = (taker, &self.cluster) {
+            let let_go = LetGo {
+                in_flight: Vec::new(),
+                will_discarded: will == WillFate::Discard,
+            };
+            self.say_taken_to(cluster, node, &client_id, (None, epoch), let_go);
+        } else {
+            self.say_taken(&client_id, in_flight);
+        }
     }
 
     /// The client of a session is gone: other nodes need not hand on anything.
@@ -627,48 +735,6 @@ impl Node {
         }
     }
 
-    /// Notes that a session which ends with its connection wants a filter, or no longer does.
-    pub(crate) fn want(&self, filter: &SubscriptionFilter, wants: bool) {
-        let Some(cluster) = &self.cluster else {
-            return;
-        };
-        let mut interest = self.peers.interest.lock();
-        let count = interest.entry(filter.clone()).or_default();
-        let (mut add, mut remove) = (Vec::new(), Vec::new());
-        if wants {
-            *count += 1;
-            if *count > 1 {
-                return;
-            }
-            add.push(filter.clone());
-        } else {
-            *count = count.saturating_sub(1);
-            if *count > 0 {
-                return;
-            }
-            interest.remove(filter);
-            remove.push(filter.clone());
-        }
-        // While the counts are locked: what is sent is in their order.
-        cluster.broadcast(&Item::Route {
-            reset: false,
-            add,
-            remove,
-        });
-    }
-
-    /// Tells a node that has just come what the clients of this one want.
-    pub(crate) fn greet(&self, cluster: &Cluster, node: u32) {
-        let interest = self.peers.interest.lock();
-        let add = interest.keys().cloned().collect();
-        let item = Item::Route {
-            reset: true,
-            add,
-            remove: Vec::new(),
-        };
-        cluster.send(node, &item);
-    }
-
     /// Tells all nodes that a client is here now. Resolves when all of them know, or should: from
     /// then on they send this one what they write for its session.
     pub(super) fn announce(
@@ -701,12 +767,12 @@ impl Node {
     }
 
     /// Expects that the last node of a client lets its session go.
-    pub(super) fn expect_session(
+    fn expect_session(
         &self,
         client_id: &Arc<str>,
         epoch: u64,
         node: u32,
-    ) -> impl Future<Output = Option<Vec<InFlightMessage>>> + use<> {
+    ) -> impl Future<Output = Option<LetGo>> + use<> {
         let (let_go, receiver) = oneshot::channel();
         let expected = Expected {
             node,
@@ -763,6 +829,7 @@ impl Node {
                 client_id,
                 epoch,
                 in_flight,
+                will_discarded,
             } => {
                 let mut all = self.peers.expected.lock();
                 let is_expected = all
@@ -770,7 +837,10 @@ impl Node {
                     .is_some_and(|expected| (expected.node, expected.epoch) == (from, epoch));
                 if is_expected && let Some(expected) = all.remove(&client_id) {
                     // Whoever waited may have given up.
-                    let _ = expected.let_go.send(in_flight);
+                    let _ = expected.let_go.send(LetGo {
+                        in_flight,
+                        will_discarded,
+                    });
                 }
             }
             Item::Disown { session, epoch } => {
@@ -786,23 +856,11 @@ impl Node {
                 }
             }
             Item::Route { reset, add, remove } => {
-                let mut routes = self.peers.routes.lock();
-                let known = routes.entry(from).or_default();
-                if reset {
-                    for filter in known.drain() {
-                        self.subscriptions.remove_node(&filter.filter, from);
-                    }
-                }
-                for filter in add {
-                    self.subscriptions.add_node(&filter.filter, from);
-                    known.insert(filter);
-                }
-                for filter in remove {
-                    self.subscriptions.remove_node(&filter.filter, from);
-                    known.remove(&filter);
-                }
+                self.receive_route(from, reset, add, remove);
             }
-            Item::Log(position) => cluster.follow_later(position),
+            Item::Log(position) => cluster.follow_later(Announced::Log(position)),
+            Item::Ask { number } => cluster.follow_later(Announced::Ask { from, number }),
+            Item::Answer { number } => self.receive_answer(cluster, from, number),
         }
     }
 
@@ -848,17 +906,32 @@ impl Node {
                 .shared
                 .mailbox_or(session, || self.shared_mailbox(session, client_id.clone()));
             let detached = self.let_go(client_id, &mailbox, Some(node));
-            let was_here = before.is_some_and(|place| place.node == Some(self.flusher.node));
-            if self.clients.connected(client_id).is_none() && (was_here || detached.is_some()) {
+            let was_here = before.is_some_and(|place| place.node == Some(self.flusher.node))
+                || detached.is_some()
+                || self.is_will_discarded(client_id);
+            if self.clients.connected(client_id).is_none() && was_here {
                 let exchanges = detached.map(|detached| detached.exchanges);
                 let in_flight = exchanges.map(|exchanges| exchanges.outbound.at_least_once());
                 self.say_taken(client_id, in_flight.unwrap_or_default());
             }
+        } else if let Some(cluster) = &self.cluster
+            && self.clients.connected(client_id).is_none()
+            && self.is_will_discarded(client_id)
+        {
+            let let_go = LetGo {
+                will_discarded: true,
+                ..LetGo::default()
+            };
+            self.say_taken_to(cluster, node, client_id, (None, epoch), let_go);
         }
         let before = before.and_then(|place| place.session);
         if let Some(mailbox) = self.clients.connected(client_id)
             && Some(mailbox.session) != session
         {
+            if session.is_none() {
+                let mut takers = self.peers.takers.lock();
+                takers.insert(client_id.clone(), (node, epoch));
+            }
             self.let_go(client_id, &mailbox, None);
         } else if let Some(before) = before.filter(|before| Some(*before) != session)
             && let Some(mailbox) = self.shared.mailbox(before)
@@ -896,9 +969,8 @@ impl Node {
     /// A node is gone: nothing is expected of it any more, and what it may have written and not
     /// handed on has to be looked for.
     pub(crate) fn node_left(&self, node: u32) {
-        let routes = self.peers.routes.lock().remove(&node);
-        for filter in routes.into_iter().flatten() {
-            self.subscriptions.remove_node(&filter.filter, node);
+        if let Some(cluster) = &self.cluster {
+            self.forget_routes(cluster, node);
         }
         let waiting: Vec<_> = {
             let all = self.peers.unaware.lock();
@@ -1056,6 +1128,8 @@ impl Node {
         identifier: Option<u32>,
     ) {
         let terms = Some((options, identifier));
+        // Nothing is gathered meanwhile: each message has been matched either before or after it.
+        let mut additions = self.flusher.add();
         let noted = self.shared.note(mailbox.session, &filter, epoch, terms);
         if noted == Noted::Nothing {
             return;
@@ -1066,13 +1140,15 @@ impl Node {
         if noted == Noted::Changed {
             return;
         }
-        self.shared.learn(Learned {
+        let learned = Learned {
             version,
             mailbox: mailbox.clone(),
             filter,
             options,
             identifier,
-        });
+        };
+        additions.catch_up(mailbox, version, |message| learned.delivery(message));
+        self.shared.learn(learned);
     }
 
     /// Nothing more is for a session that has ended.

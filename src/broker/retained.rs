@@ -97,6 +97,19 @@ impl RetainedMessages {
         }
     }
 
+    /// As [`RetainedMessages::walk`], with topics that follow `after` alone.
+    pub(super) fn walk_after(
+        &self,
+        filter: TopicFilter,
+        in_store: bool,
+        after: Option<&str>,
+    ) -> RetainedWalk {
+        RetainedWalk {
+            after: after.map(Into::into),
+            ..self.walk(filter, in_store)
+        }
+    }
+
     /// Topics whose message has expired, [MQTT-3.3.2-5].
     pub(crate) fn expired(&self, now_unix_ms: u64) -> Vec<Arc<str>> {
         let by_topic = self.by_topic.read();

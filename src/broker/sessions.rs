@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -14,6 +15,7 @@ use super::flush::{Receipt, unix_ms};
 use super::group::{Group, Membership};
 use super::mailbox::{InboxKind, Mailbox};
 use super::retained::RetainedWalk;
+use super::routes::News;
 use crate::mqtt::topic::{RetainHandling, SubscribeOptions};
 use crate::mqtt::{ProtocolVersion, SubscriptionFilter};
 use crate::session::connect::Terms;
@@ -94,11 +96,12 @@ pub(crate) enum WillFate {
 }
 
 /// A subscription has been made.
-#[derive(Debug)]
 pub(crate) struct Subscribed {
     pub(crate) receipt: Receipt,
     /// Retained messages to send.
     pub(crate) retained: Option<RetainedWalk>,
+    /// Resolves when other nodes know of it, which has to be waited for before SUBACK.
+    pub(crate) known: Option<BoxFuture<'static, ()>>,
 }
 
 /// What is due when, for sessions without a connection.
@@ -158,6 +161,7 @@ impl Node {
         let create = || self.new_mailbox(terms.client_id.clone(), durable);
         let claim = self.clients.claim(&terms.client_id, resumes, create);
         let claim = claim.await?;
+        self.forget_discarded_will(&terms.client_id);
         let Taken {
             mailbox,
             resumed,
@@ -244,8 +248,11 @@ impl Node {
         mut exchanges: Exchanges,
         will: WillFate,
     ) {
+        if will == WillFate::Discard && connected.record.will.is_some() {
+            self.discard_will(&connected.mailbox.client_id);
+        }
         if connected.mailbox.is_lost() {
-            return self.hand_over(connected, consumer, exchanges).await;
+            return self.hand_over(connected, consumer, exchanges, will).await;
         }
         let Connected {
             mailbox,
@@ -428,7 +435,16 @@ impl Node {
             };
             receipt = self.flusher.persist(change);
         }
-        Subscribed { receipt, retained }
+        let news = if mailbox.is_durable() {
+            (receipt != Receipt::NOTHING).then_some(News::Stored(receipt))
+        } else {
+            Some(self.news_of(filter))
+        };
+        Subscribed {
+            receipt,
+            retained,
+            known: news.and_then(|news| self.known_everywhere(news)),
+        }
     }
 
     /// Ends a subscription; `None` if there was none.
@@ -870,6 +886,6 @@ fn group_record(filter: &SubscriptionFilter, session: SessionId) -> SessionRecor
 
 pub(super) fn random_session_id() -> SessionId {
     let mut id = [0; 12];
-    aws_lc_rs::rand::fill(&mut id).expect("the system has random numbers");
+    getrandom::fill(&mut id).expect("the system has random numbers");
     SessionId(id)
 }

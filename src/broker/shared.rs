@@ -11,7 +11,8 @@ use parking_lot::Mutex;
 
 use super::mailbox::Mailbox;
 use crate::mqtt::topic::SubscribeOptions;
-use crate::mqtt::{QoS, SubscriptionFilter};
+use crate::mqtt::{Message, QoS, SubscriptionFilter};
+use crate::session::{Delivery, Origin};
 use crate::store::SessionId;
 
 /// All sessions that are shared with other nodes.
@@ -85,6 +86,21 @@ pub(super) struct Learned {
     pub(super) filter: SubscriptionFilter,
     pub(super) options: SubscribeOptions,
     pub(super) identifier: Option<u32>,
+}
+
+impl Learned {
+    /// A message as the subscription wants it, if it does so with QoS 1 or 2.
+    pub(super) fn delivery(&self, message: &Message) -> Option<Delivery> {
+        let qos = message.qos().min(self.options.maximum_qos);
+        let wanted = qos > QoS::AtMostOnce && self.filter.filter.matches(message.topic());
+        wanted.then(|| Delivery {
+            message: message.clone(),
+            qos,
+            retain: message.retain() && self.options.retain_as_published,
+            subscription_identifiers: self.identifier.map(|identifier| Arc::from([identifier])),
+            origin: Origin::Memory,
+        })
+    }
 }
 
 /// Sessions that are remembered after their end.

@@ -11,8 +11,9 @@ use hashbrown::{DefaultHashBuilder, HashMap};
 use parking_lot::{Mutex, RwLock};
 
 use super::group::Group;
+use super::inspect::SubscriptionView;
 use super::mailbox::Mailbox;
-use crate::mqtt::topic::{SubscribeOptions, TopicFilter};
+use crate::mqtt::topic::{SubscribeOptions, SubscriptionFilter, TopicFilter};
 use crate::mqtt::topic_tree::TopicTree;
 use crate::mqtt::{Message, QoS};
 use crate::session::{Delivery, Origin};
@@ -233,6 +234,28 @@ impl Subscriptions {
             shard.topics.insert(topic.into(), matches.clone());
         }
         (matches, version)
+    }
+
+    /// The subscriptions of one session, those of share groups aside. It looks at all there are.
+    pub(super) fn of(&self, mailbox: &Arc<Mailbox>) -> Vec<SubscriptionView> {
+        let tree = self.tree.read();
+        let found = tree.filters_of(|target| target.is_session(mailbox));
+        let view = |(filter, target): (String, &Target)| match target {
+            Target::Session {
+                options,
+                identifier,
+                ..
+            } => Some(SubscriptionView {
+                filter: SubscriptionFilter {
+                    share: None,
+                    filter: TopicFilter::new(&filter).ok()?,
+                },
+                options: *options,
+                identifier: *identifier,
+            }),
+            Target::Group(_) | Target::Node(_) => None,
+        };
+        found.into_iter().filter_map(view).collect()
     }
 
     fn find(&self, topic: &str) -> (Matches, u64) {

@@ -6,11 +6,17 @@
 //!
 //! Start reading at [`Bus`].
 
+pub(crate) mod fallback;
 pub(crate) mod mongodb;
+pub(crate) mod redis;
 pub(crate) mod wire;
 
 #[cfg(test)]
+mod contract;
+#[cfg(test)]
 pub(crate) mod mongod;
+#[cfg(test)]
+mod redis_server;
 
 use std::fmt;
 
@@ -27,9 +33,13 @@ pub(crate) enum Destination {
 }
 
 /// Carries frames of a few KiB, at most [`FRAME_BYTES_MAX`], to other nodes.
+///
+/// Implementations: [`mongodb`], [`redis`], and [`fallback`], which makes one of the two. All of them
+/// pass the tests in `contract`.
 #[async_trait]
 pub(crate) trait Bus: fmt::Debug + Send + Sync {
     /// Sends frames, and does so in this order. A caller that stops waiting does not undo it.
+    /// Returns when a server has them all: they survive the loss of this node.
     ///
     /// # Errors
     /// `BusError` if any of them may not have been sent.
@@ -37,12 +47,16 @@ pub(crate) trait Bus: fmt::Debug + Send + Sync {
 
     /// Yields the frames for this node and for all of them that are sent once this has returned,
     /// mostly in order. After a lost connection it goes on by itself, and may then leave out
-    /// frames and repeat old ones. Whoever does not take them quickly enough misses some.
+    /// frames and repeat old ones. Whoever does not take them quickly enough misses some. An
+    /// [`INTERRUPTION`] may tell where frames are missing, before any of those that come after.
     ///
     /// # Errors
     /// `BusError` if that cannot begin.
     async fn subscribe(&self) -> Result<mpsc::Receiver<Bytes>, BusError>;
 }
+
+/// No frame is empty.
+pub(crate) const INTERRUPTION: Bytes = Bytes::new();
 
 /// The largest frame that every bus can carry: a document of MongoDB has 16 MiB.
 pub(crate) const FRAME_BYTES_MAX: usize = 15 * 1024 * 1024;

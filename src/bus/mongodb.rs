@@ -293,57 +293,19 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::bus::contract::{self, numbered, take, to};
     use crate::bus::mongod::Mongod;
 
     const MEBIBYTE: u64 = 1024 * 1024;
 
-    fn frame(number: u32) -> Bytes {
-        Bytes::copy_from_slice(&number.to_be_bytes())
-    }
-
-    fn to(destination: Destination, numbers: std::ops::Range<u32>) -> Vec<(Destination, Bytes)> {
-        numbers.map(|number| (destination, frame(number))).collect()
-    }
-
-    async fn take(frames: &mut mpsc::Receiver<Bytes>, count: usize) -> Vec<Bytes> {
-        let mut taken = Vec::new();
-        while taken.len() < count {
-            taken.push(frames.recv().await.unwrap());
-        }
-        taken
-    }
-
-    fn numbered(numbers: std::ops::Range<u32>) -> Vec<Bytes> {
-        numbers.map(frame).collect()
-    }
-
     #[tokio::test]
-    async fn frames_come_to_whom_they_were_sent_in_order() {
+    async fn it_is_a_bus() {
         let mongod = Mongod::shared().await;
         let database = mongod.database().await;
-        let one = MongoBus::open(&database, 1, 16 * MEBIBYTE).await.unwrap();
-        let two = MongoBus::open(&database, 2, 16 * MEBIBYTE).await.unwrap();
-        one.send(to(Destination::All, 0..5)).await.unwrap();
-        let (mut at_one, mut at_two) = (
-            one.subscribe().await.unwrap(),
-            two.subscribe().await.unwrap(),
-        );
-
-        one.send(to(Destination::Node(2), 10..5_000)).await.unwrap();
-        two.send(to(Destination::Node(1), 5_000..10_000))
-            .await
-            .unwrap();
-        two.send(to(Destination::All, 10_000..10_002))
-            .await
-            .unwrap();
-        one.send(to(Destination::Node(2), 10_002..10_003))
-            .await
-            .unwrap();
-
-        let expected = [numbered(10..5_000), numbered(10_000..10_003)].concat();
-        assert_eq!(take(&mut at_two, expected.len()).await, expected);
-        let expected = numbered(5_000..10_002);
-        assert_eq!(take(&mut at_one, expected.len()).await, expected);
+        let one = MongoBus::open(&database, 1, 64 * MEBIBYTE).await.unwrap();
+        let two = MongoBus::open(&database, 2, 64 * MEBIBYTE).await.unwrap();
+        contract::frames_come_to_whom_they_were_sent_in_order(&one, &two).await;
+        contract::large_frames_come_whole(&one).await;
         mongod.end().await;
     }
 

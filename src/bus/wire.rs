@@ -43,6 +43,8 @@ const TAKEN: u8 = 6;
 const DISOWN: u8 = 7;
 const ROUTE: u8 = 8;
 const LOG: u8 = 9;
+const ASK: u8 = 10;
+const ANSWER: u8 = 11;
 const WANT_MARK: u8 = 128;
 const BEAT: u8 = 129;
 const NACK: u8 = 130;
@@ -128,6 +130,9 @@ pub(crate) enum Item {
         client_id: Arc<str>,
         epoch: u64,
         in_flight: Vec<(PacketId, MessageId)>,
+        /// The client has said goodbye: what the store has as the Will of its last connection is not
+        /// to be published.
+        will_discarded: bool,
     },
     /// The client of a session is gone.
     Disown { session: SessionId, epoch: u64 },
@@ -139,6 +144,11 @@ pub(crate) enum Item {
     },
     /// A node's subscription log has come so far.
     Log(LogPosition),
+    /// Asks every node to say when it knows all of [`Item::Route`] and [`Item::Log`] that was sent
+    /// before.
+    Ask { number: u64 },
+    /// It does.
+    Answer { number: u64 },
 }
 
 /// What links tell each other, for themselves.
@@ -307,6 +317,7 @@ impl Item {
                 client_id,
                 epoch,
                 in_flight,
+                will_discarded,
             } => {
                 to.put_u8(TAKEN);
                 put_bytes(to, client_id.as_bytes());
@@ -316,6 +327,7 @@ impl Item {
                     to.put_u16(packet_id.get());
                     put_message_id(to, *message);
                 }
+                to.put_u8(u8::from(*will_discarded));
             }
             Self::Disown { session, epoch } => {
                 to.put_u8(DISOWN);
@@ -336,6 +348,14 @@ impl Item {
                 to.put_u8(LOG);
                 to.put_u32(position.node);
                 to.put_u64(position.entry);
+            }
+            Self::Ask { number } => {
+                to.put_u8(ASK);
+                to.put_u64(*number);
+            }
+            Self::Answer { number } => {
+                to.put_u8(ANSWER);
+                to.put_u64(*number);
             }
         }
     }
@@ -563,6 +583,7 @@ impl<'a> Reader<'a> {
                 epoch: self.u64()?,
                 in_flight: self
                     .list(|reader| Some((PacketId::new(reader.u16()?)?, reader.message_id()?)))?,
+                will_discarded: self.u8()? != 0,
             },
             DISOWN => Item::Disown {
                 session: self.session()?,
@@ -577,6 +598,12 @@ impl<'a> Reader<'a> {
                 node: self.u32()?,
                 entry: self.u64()?,
             }),
+            ASK => Item::Ask {
+                number: self.u64()?,
+            },
+            ANSWER => Item::Answer {
+                number: self.u64()?,
+            },
             kind => return self.signal(kind).map(Content::Signal),
         };
         Some(Content::Item(item))
@@ -716,12 +743,16 @@ mod tests {
                         message_id()
                     ),
                     0..4
-                )
+                ),
+                any::<bool>()
             )
-                .prop_map(|(client_id, epoch, in_flight)| Item::Taken {
-                    client_id,
-                    epoch,
-                    in_flight,
+                .prop_map(|(client_id, epoch, in_flight, will_discarded)| {
+                    Item::Taken {
+                        client_id,
+                        epoch,
+                        in_flight,
+                        will_discarded,
+                    }
                 }),
             (session(), any::<u64>()).prop_map(|(session, epoch)| Item::Disown { session, epoch }),
             (any::<bool>(), filters(), filters()).prop_map(|(reset, add, remove)| Item::Route {
@@ -731,6 +762,8 @@ mod tests {
             }),
             (any::<u32>(), any::<u64>())
                 .prop_map(|(node, entry)| Item::Log(LogPosition { node, entry })),
+            any::<u64>().prop_map(|number| Item::Ask { number }),
+            any::<u64>().prop_map(|number| Item::Answer { number }),
         ]
     }
 

@@ -12,10 +12,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::broker::Node;
+use crate::broker::inspect::StoreHealth;
 use crate::bus::Destination;
 use crate::bus::wire::{Header, Item};
 use crate::store::mongodb::{MongoStore, NodeState, OpenRequest, OpenedSession};
@@ -28,6 +30,9 @@ use opening::Opener;
 /// How far ahead of its clock a node may be, as the others know: whoever takes over from it begins
 /// after that.
 pub(crate) const RESERVED_MS: u64 = 2_000;
+
+/// How long MongoDB may take nothing, which in a fail-over is a few seconds, before that is told.
+const UNAVAILABLE_AFTER: Duration = Duration::from_secs(12);
 
 /// How long a Will of a client whose node died waits: it may come back at another one.
 const WILL_GRACE: Duration = Duration::from_secs(5);
@@ -56,27 +61,50 @@ pub(crate) struct Cluster {
     pub(crate) links: Links,
     pub(crate) members: Members,
     opener: Opener,
-    /// Log entries that other nodes have announced.
-    announced: mpsc::Sender<LogPosition>,
+    announced: mpsc::Sender<Announced>,
+    /// When the store last took a heartbeat.
+    last_beat: Mutex<Instant>,
+}
+
+/// What another node has said of its subscription log.
+#[derive(Debug)]
+pub(crate) enum Announced {
+    /// It has come so far.
+    Log(LogPosition),
+    /// It asks to be told when all of this is known.
+    Ask { from: u32, number: u64 },
 }
 
 impl Cluster {
-    /// The log positions that the receiver yields are to be given to [`Cluster::run`].
-    pub(crate) fn new(store: Arc<MongoStore>, links: Links) -> (Self, mpsc::Receiver<LogPosition>) {
-        let (announced, positions) = mpsc::channel(ANNOUNCED_MAX);
+    /// What the receiver yields is to be given to [`Cluster::run`].
+    pub(crate) fn new(store: Arc<MongoStore>, links: Links) -> (Self, mpsc::Receiver<Announced>) {
+        let (announced, receiver) = mpsc::channel(ANNOUNCED_MAX);
         let cluster = Self {
             opener: Opener::start(store.clone()),
             store,
             links,
             members: Members::default(),
             announced,
+            last_beat: Mutex::new(Instant::now()),
         };
-        (cluster, positions)
+        (cluster, receiver)
     }
 
     /// The number of this node: no other has it, or ever had it.
     pub(crate) fn node(&self) -> u32 {
         self.store.node()
+    }
+
+    /// Whether MongoDB takes what this node writes.
+    pub(crate) fn store_health(&self) -> StoreHealth {
+        let silence = self.last_beat.lock().elapsed();
+        if silence < UNAVAILABLE_AFTER {
+            return StoreHealth::Available;
+        }
+        let seconds = silence.as_secs();
+        StoreHealth::Unavailable {
+            reason: format!("MongoDB has taken nothing for {seconds} s"),
+        }
     }
 
     pub(crate) fn marks(&self) -> &Marks {
@@ -102,10 +130,10 @@ impl Cluster {
         self.opener.open(request).await
     }
 
-    /// Has a log entry read that another node has announced.
-    pub(crate) fn follow_later(&self, position: LogPosition) {
-        // What does not fit is read before it matters, by the next flush.
-        let _ = self.announced.try_send(position);
+    /// Has a log read that another node has announced, or an answer given once that is done.
+    pub(crate) fn follow_later(&self, announced: Announced) {
+        // What does not fit is read before it matters, by the next flush; who asks waits for a while.
+        let _ = self.announced.try_send(announced);
     }
 
     /// The clock value that a node will not have gone beyond, even if it still runs.
@@ -152,15 +180,22 @@ impl Cluster {
     pub(crate) async fn run(
         &self,
         node: &Node,
-        mut announced: mpsc::Receiver<LogPosition>,
+        mut announced: mpsc::Receiver<Announced>,
     ) -> StoreError {
         tokio::select! {
             error = self.beat(node) => error,
             error = self.look_after(node) => error,
             () = async {
-                while let Some(position) = announced.recv().await {
-                    if let Err(error) = node.follow(self, &[position]).await {
-                        tracing::warn!(event = "log_unreadable", %error);
+                while let Some(announced) = announced.recv().await {
+                    match announced {
+                        Announced::Log(position) => {
+                            if let Err(error) = node.follow(self, &[position]).await {
+                                tracing::warn!(event = "log_unreadable", %error);
+                            }
+                        }
+                        Announced::Ask { from, number } => {
+                            self.send(from, &Item::Answer { number });
+                        }
                     }
                 }
                 std::future::pending().await
@@ -180,7 +215,10 @@ impl Cluster {
             }
             let reserved = node.flusher.reservation(RESERVED_MS);
             match self.store.heartbeat(reserved).await {
-                Ok(()) => node.flusher.reserve(reserved),
+                Ok(()) => {
+                    node.flusher.reserve(reserved);
+                    *self.last_beat.lock() = Instant::now();
+                }
                 Err(StoreError::Fenced) => return StoreError::Fenced,
                 Err(error) => {
                     tracing::warn!(event = "heartbeat_failed", %error);
@@ -284,6 +322,10 @@ impl link::Handler for Node {
 
     fn lost(&self, from: u32) {
         tracing::warn!(event = "frames_lost", from);
+        self.look_for_messages();
+    }
+
+    fn interrupted(&self) {
         self.look_for_messages();
     }
 }

@@ -137,7 +137,7 @@ impl ReasonCode {
     }
 
     /// Whether the packet's own table of Reason Codes lists it, [MQTT-3.4.2-1] and its like.
-    pub(super) fn is_allowed_in(self, packet_type: PacketType) -> bool {
+    pub(crate) fn is_allowed_in(self, packet_type: PacketType) -> bool {
         match packet_type {
             PacketType::ConnAck => {
                 matches!(self as u8, 0x00 | 0x80..=0x8A | 0x8C | 0x90 | 0x95 | 0x97 | 0x99..=0x9D | 0x9F)

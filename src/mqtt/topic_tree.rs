@@ -132,6 +132,31 @@ impl<T> TopicTree<T> {
         self.visit_below(ROOT, Some(topic), topic.starts_with('$'), &mut visit);
     }
 
+    /// The filters that have a value of which `is_it` is true, with the value. It looks at all of them.
+    pub fn filters_of(&self, is_it: impl Fn(&T) -> bool) -> Vec<(String, &T)> {
+        let mut found = Vec::new();
+        for (place, node) in self.nodes.iter().enumerate() {
+            for (values, suffix) in [(&node.values, None), (&node.multi_level, Some("#"))] {
+                for value in values.iter().filter(|value| is_it(value)) {
+                    found.push((self.filter_at(place, suffix), value));
+                }
+            }
+        }
+        found
+    }
+
+    fn filter_at(&self, place: usize, suffix: Option<&str>) -> String {
+        let mut levels: Vec<&str> = suffix.into_iter().collect();
+        let mut at = place;
+        while at != ROOT as usize {
+            let node = &self.nodes[at];
+            levels.push(&node.level);
+            at = node.parent as usize;
+        }
+        levels.reverse();
+        levels.join("/")
+    }
+
     fn visit_below<'a>(
         &'a self,
         node: u32,
@@ -302,6 +327,17 @@ mod tests {
             ["$SYS/#", "$SYS/+/uptime"]
         );
         assert_eq!(matches(&tree, "a/broker/uptime"), ["#", "+/broker/uptime"]);
+    }
+
+    #[test]
+    fn filters_are_given_back_as_they_were_put_in() {
+        let filters = ["#", "+", "/", "//#", "a", "a/#", "a/+/b", "$SYS/#"];
+        let tree = tree(&filters);
+
+        for filter in filters {
+            let found = tree.filters_of(|known| *known == filter);
+            assert_eq!(found, [(filter.to_owned(), &filter)]);
+        }
     }
 
     #[test]

@@ -114,6 +114,11 @@ const PACKET_IDS: u16 = u16::MAX - 1;
 const IDLE_SLOTS: usize = 16;
 
 impl InFlight {
+    /// QoS 1 and 2 deliveries that are not finished.
+    pub(crate) fn count(&self) -> u16 {
+        self.count
+    }
+
     /// Exchanges read back from the store, and QoS 1 deliveries of which another node knows.
     pub(crate) fn restore(
         session: SessionId,
@@ -326,6 +331,11 @@ impl Outgoing {
 }
 
 impl Session {
+    /// QoS 1 and 2 deliveries that are not finished.
+    pub(crate) fn in_flight(&self) -> u16 {
+        self.outbound.in_flight.count()
+    }
+
     /// Whether another QoS 1 or 2 message may be sent, [MQTT-3.3.4-9]. Those of an earlier
     /// connection count from when they are sent on this one: the client may allow fewer now.
     pub(crate) fn has_send_quota(&self) -> bool {

@@ -91,8 +91,9 @@ fn expect_copied(output: &Output) -> Value {
 fn expect_refused(output: &Output, reason: &str) {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{errors}");
+    let refusal = errors.lines().find(|line| line.starts_with("error: "));
     assert!(
-        errors.starts_with("error: ") && errors.contains(reason),
+        refusal.is_some_and(|line| line.contains(reason)),
         "{reason:?} is not in {errors}"
     );
 }
@@ -297,6 +298,7 @@ fn large(number: u16) -> String {
 fn serve(database: &Database) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_midge"));
     command.args(["serve", "--set", "listeners.tcp.bind=127.0.0.1:0"]);
+    command.args(["--set", "http.bind=127.0.0.1:0"]);
     for (key, value) in database.settings() {
         command.arg("--set").arg(format!("{key}={value}"));
     }

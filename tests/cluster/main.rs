@@ -36,6 +36,8 @@ mod wire;
 mod workload;
 
 mod copy;
+mod http;
 mod nodes;
 mod one_node;
+mod redis;
 mod replica_set;

@@ -86,6 +86,24 @@ impl Mongod {
         Client::with_options(options).unwrap()
     }
 
+    /// Makes everything slow that a client of the name `client` inserts into `collection`.
+    pub(crate) async fn slow_down(&self, client: &str, collection: &str, delay: Duration) {
+        let delay = i64::try_from(delay.as_millis()).unwrap();
+        let failpoint = doc! {
+            "configureFailPoint": "failCommand",
+            "mode": "alwaysOn",
+            "data": {
+                "failCommands": ["insert"],
+                "appName": client,
+                "namespace": collection,
+                "blockConnection": true,
+                "blockTimeMS": delay,
+            },
+        };
+        let admin = self.client().await.database("admin");
+        admin.run_command(failpoint).await.unwrap();
+    }
+
     /// Whether it is the primary; it is not when it does not answer.
     async fn is_primary(&self) -> bool {
         let admin = self.client().await.database("admin");
@@ -291,6 +309,14 @@ impl Database {
     pub(crate) fn shared() -> Self {
         let uri = env::var("MIDGE_TEST_MONGODB_URI");
         Self::on(uri.expect("`./test` sets MIDGE_TEST_MONGODB_URI"))
+    }
+
+    /// The same database for a client that the server knows by this name.
+    pub(crate) fn named(&self, client: &str) -> Self {
+        Self {
+            uri: format!("{}&appName={client}", self.uri),
+            name: self.name.clone(),
+        }
     }
 
     /// The same database for a client that reaches the server, the only member of its set, through

@@ -99,12 +99,27 @@ impl Node {
         self.front.address()
     }
 
+    /// Where it answers HTTP.
+    pub(crate) fn http_address(&self) -> SocketAddr {
+        address(&self.wait_for_event("http_started"))
+    }
+
     /// Waits until it logs an event of this name.
     #[track_caller]
     pub(crate) fn wait_for_event(&self, name: &str) -> Value {
         self.process
             .log()
             .wait_for(&format!("the event `{name}`"), |lines| event(lines, name))
+    }
+
+    /// Waits until it has logged events of this name so many times since it was started.
+    #[track_caller]
+    pub(crate) fn wait_for_events(&self, name: &str, times: usize) {
+        let what = format!("the event `{name}`, {times} times");
+        self.process.log().wait_for(&what, |lines| {
+            let events = lines.iter().filter(|line| is_event(line, name));
+            (events.count() >= times).then_some(())
+        });
     }
 
     /// Ends it as a power cut would.
@@ -177,6 +192,7 @@ impl Node {
 fn spawn(name: &str, settings: &Settings) -> Process {
     let mut command = Command::new(env!("CARGO_BIN_EXE_midge"));
     command.args(["serve", "--set", "listeners.tcp.bind=127.0.0.1:0"]);
+    command.args(["--set", "http.bind=127.0.0.1:0"]);
     for (key, value) in settings {
         command.arg("--set").arg(format!("{key}={value}"));
     }

@@ -1,9 +1,14 @@
 //! Nodes on one database: what clients see while they move, and while nodes and servers fail.
 
+use std::env;
+use std::time::Duration;
+
+use crate::client::Client;
 use crate::mongod::{Database, ReplicaSet};
 use crate::node::{Cluster, Settings};
 use crate::proxy::Proxy;
 use crate::seed::Seed;
+use crate::wire::{Connect, DISCONNECT, Publish, Version, Will};
 use crate::workload::{Size, Workload};
 
 async fn start(nodes: usize, database: &Database) -> Cluster {
@@ -137,4 +142,158 @@ async fn a_node_is_cut_off_from_mongodb() {
     cluster.node(0).wait_until_anew();
 
     workload.finish().await;
+}
+
+/// What a publisher sends after it has moved to another node does not overtake what was acknowledged
+/// before, even if the frames of its first node take their time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_acknowledged_is_not_overtaken() {
+    let mut set = ReplicaSet::start(1).await;
+    let database = Database::on(set.uri());
+    let slow = database.named("slow").settings();
+    let mut cluster = Cluster::start(vec![slow, database.settings(), database.settings()]).await;
+    let subscriber = Connect::persistent(Version::V5, "subscriber");
+    let mut subscriber = Client::connect(cluster.node(2).address(), &subscriber).await;
+    subscriber.subscribe("news", 1).await.unwrap();
+    let bus = format!("{}.bus", database.name);
+    let delay = Duration::from_millis(400);
+    set.mongod(0).slow_down("slow", &bus, delay).await;
+
+    let publisher = Connect::fleeting(Version::V5, "publisher");
+    for number in 0..6 {
+        let address = cluster.node(number % 2).address();
+        let mut publisher = Client::connect(address, &publisher).await;
+        let publish = Publish::new("news", &number.to_string(), 1);
+        publisher.publish(&publish).await.unwrap();
+    }
+
+    for number in 0..6 {
+        let message = subscriber.message().await.unwrap();
+        assert_eq!(message.text(), number.to_string());
+    }
+}
+
+/// Scenario 22: whatever is published anywhere after SUBACK comes, also to a session that ends with
+/// its connection, and also with QoS 0. `MIDGE_TEST_ROUNDS` says how often it is tried.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_holds_everywhere_once_it_is_acknowledged() {
+    let rounds = env::var("MIDGE_TEST_ROUNDS").map_or(300, |rounds| rounds.parse().unwrap());
+    let mut cluster = start(3, &Database::shared()).await;
+    let mut publishers = Vec::new();
+    for node in 0..3 {
+        let publisher = Connect::fleeting(Version::V5, &format!("publisher-{node}"));
+        publishers.push(Client::connect(cluster.node(node).address(), &publisher).await);
+    }
+
+    for round in 0..rounds {
+        let subscriber = format!("subscriber-{round}");
+        let subscriber = if round % 2 == 0 {
+            Connect::fleeting(Version::V5, &subscriber)
+        } else {
+            Connect::persistent(Version::V5, &subscriber)
+        };
+        let address = cluster.node(round % 3).address();
+        let mut subscriber = Client::connect(address, &subscriber).await;
+        let topic = format!("round/{round}");
+        subscriber.subscribe(&topic, 1).await.unwrap();
+        let qos = u8::from(round / 2 % 2 == 0);
+        let elsewhere = &mut publishers[(round + 1 + round / 3 % 2) % 3];
+        let publish = Publish::new(&topic, "after SUBACK", qos);
+        elsewhere.publish(&publish).await.unwrap();
+
+        let message = tokio::time::timeout(Duration::from_secs(5), subscriber.message()).await;
+        let message = message.unwrap_or_else(|_| panic!("round {round}: nothing came"));
+        assert_eq!(message.unwrap().text(), "after SUBACK");
+        subscriber.disconnect().await.unwrap();
+    }
+}
+
+/// Whoever subscribes in the middle of a stream gets all of it from there on, and in order, although
+/// the node that it is published at hears of the subscription only then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_is_joined_comes_in_order() {
+    let mut cluster = start(2, &Database::shared()).await;
+    let publisher = Connect::fleeting(Version::V5, "publisher");
+    let mut publisher = Client::connect(cluster.node(0).address(), &publisher).await;
+    let stop = tokio_util::sync::CancellationToken::new();
+    let stopped = stop.clone();
+    let publishing = tokio::spawn(async move {
+        let mut sent = 0;
+        // As fast as the node takes them: many are in each flush.
+        while !stopped.is_cancelled() {
+            for _ in 0..20 {
+                sent += 1;
+                let mut publish = Publish::new("stream", &sent.to_string(), 1);
+                publish.packet_id = u16::try_from(sent % 20 + 1).unwrap();
+                publisher.send(&publish.encode(Version::V5)).await.unwrap();
+            }
+            for _ in 0..20 {
+                publisher.receive().await.unwrap();
+            }
+        }
+    });
+
+    for round in 0..40 {
+        let subscriber = Connect::persistent(Version::V5, &format!("subscriber-{round}"));
+        let mut subscriber = Client::connect(cluster.node(1).address(), &subscriber).await;
+        let mut earlier = subscriber.subscribe("stream", 1).await.unwrap();
+        while earlier.len() < 100 {
+            earlier.push(subscriber.message().await.unwrap());
+        }
+        let numbers = earlier
+            .iter()
+            .map(|message| message.text().parse().unwrap());
+        let numbers: Vec<u32> = numbers.collect();
+        let in_order: Vec<u32> = (numbers[0]..).take(numbers.len()).collect();
+        assert_eq!(numbers, in_order);
+        subscriber.unsubscribe("stream").await.unwrap();
+        subscriber.disconnect().await.unwrap();
+    }
+
+    stop.cancel();
+    publishing.await.unwrap();
+}
+
+/// A client that says goodbye and connects elsewhere at once has not died.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_will_is_discarded_before_the_client_moves() {
+    let mut cluster = start(2, &Database::shared()).await;
+    let watcher = Connect::fleeting(Version::V5, "watcher");
+    let mut watcher = Client::connect(cluster.node(0).address(), &watcher).await;
+    watcher.subscribe("will", 1).await.unwrap();
+
+    for round in 0..40 {
+        let will = Some(Will {
+            topic: "will".to_owned(),
+            payload: format!("round {round}"),
+            qos: 1,
+            delay_interval: 0,
+        });
+        let fleeting = Connect {
+            will,
+            ..Connect::fleeting(Version::V5, "mover")
+        };
+        let connect = match round / 2 % 3 {
+            0 => fleeting,
+            1 => Connect {
+                expiry_interval: 60,
+                ..fleeting
+            },
+            _ => Connect {
+                clean_start: false,
+                expiry_interval: 60,
+                ..fleeting
+            },
+        };
+        let address = cluster.node(round % 2).address();
+        let mut mover = Client::connect(address, &connect).await;
+        mover.send(&DISCONNECT).await.unwrap();
+    }
+
+    // It would come before this.
+    let mover = Connect::fleeting(Version::V5, "mover");
+    let mut mover = Client::connect(cluster.node(0).address(), &mover).await;
+    let last = Publish::new("will", "nothing before", 1);
+    mover.publish(&last).await.unwrap();
+    assert_eq!(watcher.message().await.unwrap().text(), "nothing before");
 }

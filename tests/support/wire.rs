@@ -16,6 +16,8 @@ pub(crate) struct Connect {
     pub(crate) expiry_interval: u32,
     pub(crate) receive_maximum: u16,
     pub(crate) will: Option<Will>,
+    /// Name and password.
+    pub(crate) user: Option<(&'static str, &'static str)>,
 }
 
 #[derive(Clone, Debug)]
@@ -36,6 +38,7 @@ impl Connect {
             expiry_interval: u32::MAX,
             receive_maximum: u16::MAX,
             will: None,
+            user: None,
         }
     }
 
@@ -56,7 +59,8 @@ impl Connect {
             Version::V5 => 5,
         });
         let will_flags = self.will.as_ref().map_or(0, |will| 0x04 | will.qos << 3);
-        body.push(will_flags | u8::from(self.clean_start) << 1);
+        let user_flags = self.user.map_or(0, |_| 0xc0);
+        body.push(user_flags | will_flags | u8::from(self.clean_start) << 1);
         body.extend([0, 0]);
         if self.version == Version::V5 {
             let mut properties = vec![0x11];
@@ -74,6 +78,10 @@ impl Connect {
             }
             put_text(&mut body, &will.topic);
             put_text(&mut body, &will.payload);
+        }
+        if let Some((name, password)) = self.user {
+            put_text(&mut body, name);
+            put_text(&mut body, password);
         }
         frame(0x10, &body)
     }

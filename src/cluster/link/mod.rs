@@ -26,8 +26,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use hashbrown::{HashMap, HashSet};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc};
-use tokio::time::Instant;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::bus::wire::{self, Header, Item, Signal, Stamp, Stream};
@@ -47,6 +47,15 @@ const STREAM_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// The same for all streams together.
 const BYTES_MAX: usize = 128 * 1024 * 1024;
 
+/// How long the bus may take for frames until it counts as failing.
+const CARRY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long it is waited for as long as it does: it may be about to work again.
+const CARRY_TIMEOUT_FAILING: Duration = Duration::from_millis(100);
+
+/// Between attempts to send frames.
+const SEND_AGAIN_AFTER: Duration = Duration::from_millis(50);
+
 /// How far this node is, and where it hears how far the others are.
 pub(crate) trait Clock: Send + Sync {
     /// A message may count as durable only after everything that has to be said of it was given
@@ -65,6 +74,10 @@ pub(crate) trait Handler: Send + Sync {
 
     /// Some of what a node sent before whatever comes now will never come.
     fn lost(&self, from: u32);
+
+    /// The bus was interrupted: what comes now from one node may be newer than what is still
+    /// missing from another.
+    fn interrupted(&self);
 }
 
 /// The links of one node to all others.
@@ -73,6 +86,7 @@ pub(crate) struct Links {
     bus: Arc<dyn Bus>,
     clock: Arc<dyn Clock>,
     sending: Mutex<Sending>,
+    carriage: watch::Sender<Carriage>,
     /// There may be something to send.
     work: Notify,
     /// Somebody waits for this node to be durable up to a clock value.
@@ -90,6 +104,15 @@ struct Sending {
     unordered: Vec<(u32, Bytes)>,
     unordered_bytes: usize,
     next_beat: Instant,
+    /// What was ever added to a stream, counted.
+    added: u64,
+}
+
+/// How far the bus is.
+struct Carriage {
+    /// So much of what was added has been given to it.
+    carried: u64,
+    is_failing: bool,
 }
 
 #[derive(Default)]
@@ -135,6 +158,12 @@ impl Links {
                 unordered: Vec::new(),
                 unordered_bytes: 0,
                 next_beat: Instant::now(),
+                added: 0,
+            }),
+            // Until frames are sent.
+            carriage: watch::Sender::new(Carriage {
+                carried: 0,
+                is_failing: true,
             }),
             work: Notify::new(),
             mark_promised: AtomicBool::new(false),
@@ -147,38 +176,87 @@ impl Links {
 
     /// Sends until `stop`; what waits then is still sent.
     pub(crate) async fn send_frames(&self, stop: &CancellationToken) {
-        let mut is_failing = false;
+        self.carriage
+            .send_modify(|carriage| carriage.is_failing = false);
         loop {
-            let frames = self.seal();
-            if frames.is_empty() {
-                if stop.is_cancelled() {
-                    return;
-                }
-                let next_beat = self.sending.lock().next_beat;
-                tokio::select! {
-                    () = self.work.notified() => {}
-                    () = tokio::time::sleep_until(next_beat) => {}
-                    () = stop.cancelled() => {}
-                }
+            let (frames, added) = self.seal();
+            if !frames.is_empty() {
+                count(&self.counters.frames_sent, frames.len() as u64);
+                self.carry(frames, stop).await;
+            }
+            let is_idle = self.carriage.borrow().carried == added;
+            self.carriage
+                .send_modify(|carriage| carriage.carried = added);
+            if !is_idle {
                 continue;
             }
-            count(&self.counters.frames_sent, frames.len() as u64);
-            // Whoever misses what was not sent asks for it.
-            match self.bus.send(frames).await {
-                Ok(()) if is_failing => {
-                    is_failing = false;
-                    tracing::info!(event = "bus_recovered");
-                }
-                Ok(()) => {}
-                Err(error) => {
-                    count(&self.counters.send_failures, 1);
-                    if !is_failing {
-                        is_failing = true;
-                        tracing::warn!(event = "bus_failed", %error);
-                    }
-                }
+            if stop.is_cancelled() {
+                break;
+            }
+            let next_beat = self.sending.lock().next_beat;
+            tokio::select! {
+                () = self.work.notified() => {}
+                () = tokio::time::sleep_until(next_beat) => {}
+                () = stop.cancelled() => {}
             }
         }
+        self.carriage
+            .send_modify(|carriage| carriage.is_failing = true);
+    }
+
+    /// Gives frames to the bus, again and again until it takes them: to send one twice does no harm,
+    /// and nobody would know yet that it is missing.
+    async fn carry(&self, frames: Vec<(Destination, Bytes)>, stop: &CancellationToken) {
+        loop {
+            let mut sending = self.bus.send(frames.clone());
+            let outcome = match timeout(CARRY_TIMEOUT, &mut sending).await {
+                Ok(outcome) => outcome,
+                Err(late) => {
+                    self.note_failure(&late);
+                    sending.await
+                }
+            };
+            match outcome {
+                Ok(()) => {
+                    let recovered = self.carriage.send_if_modified(|carriage| {
+                        std::mem::replace(&mut carriage.is_failing, false)
+                    });
+                    if recovered {
+                        tracing::info!(event = "bus_recovered");
+                    }
+                    return;
+                }
+                Err(error) => self.note_failure(&error),
+            }
+            if stop.is_cancelled() {
+                return;
+            }
+            tokio::time::sleep(SEND_AGAIN_AFTER).await;
+        }
+    }
+
+    fn note_failure(&self, reason: &dyn fmt::Display) {
+        count(&self.counters.send_failures, 1);
+        let failed = self
+            .carriage
+            .send_if_modified(|carriage| !std::mem::replace(&mut carriage.is_failing, true));
+        if failed {
+            tracing::warn!(event = "bus_failed", %reason);
+        }
+    }
+
+    /// Waits until the bus has everything that was given to [`Links::send`] before. Returns whether
+    /// it has; it is not waited for long.
+    pub(crate) async fn carried(&self) -> bool {
+        let added = self.sending.lock().added;
+        let mut carriage = self.carriage.subscribe();
+        let patience = if carriage.borrow().is_failing {
+            CARRY_TIMEOUT_FAILING
+        } else {
+            CARRY_TIMEOUT
+        };
+        let carried = carriage.wait_for(|carriage| carriage.carried >= added);
+        timeout(patience, carried).await.is_ok()
     }
 
     /// Receives until `stop`, or until the bus ends, which it never does by itself. `frames` come
@@ -254,6 +332,7 @@ impl Links {
             return;
         }
         let mut sending = self.sending.lock();
+        sending.added += 1;
         let bytes_max = sending.stream_bytes_max();
         if !sending.outgoing(to).add(bytes_max, put) {
             count(&self.counters.left_out, 1);
@@ -314,8 +393,8 @@ impl Links {
         self.work.notify_one();
     }
 
-    /// Everything that waits to be sent.
-    fn seal(&self) -> Vec<(Destination, Bytes)> {
+    /// Everything that waits to be sent, and how much was added until now.
+    fn seal(&self) -> (Vec<(Destination, Bytes)>, u64) {
         // Before anything is taken out: all that had to be said of what is durable is there.
         let stamp = self.clock.stamp();
         let now = Instant::now();
@@ -326,6 +405,7 @@ impl Links {
             unordered,
             unordered_bytes,
             next_beat,
+            added,
         } = &mut *sending;
         *unordered_bytes = 0;
         let mut frames: Vec<_> = unordered
@@ -348,7 +428,7 @@ impl Links {
         }
         let sealed = all.seal(self.node, stamp).into_iter();
         frames.extend(sealed.map(|frame| (Destination::All, frame)));
-        frames
+        (frames, *added)
     }
 }
 

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::incoming::{Incoming, NACK_INTERVAL, Repair};
 use super::{Handler, Links, count};
+use crate::bus::INTERRUPTION;
 use crate::bus::wire::{Content, Frame, Header, Signal, Stream};
 
 pub(super) struct Receiver<'a> {
@@ -55,6 +56,7 @@ impl<'a> Receiver<'a> {
         loop {
             tokio::select! {
                 frame = frames.recv() => match frame {
+                    Some(frame) if frame == INTERRUPTION => self.handler.interrupted(),
                     Some(frame) => self.receive(&frame),
                     None => return,
                 },

@@ -15,7 +15,7 @@ use crate::bus::mongodb::MongoBus;
 use crate::bus::wire::Frame;
 use crate::mqtt::Message;
 use crate::mqtt::message::MessageParts;
-use crate::store::SessionId;
+use crate::store::{LogPosition, SessionId};
 
 const MEBIBYTE: u64 = 1024 * 1024;
 
@@ -92,6 +92,7 @@ enum Event {
     /// The epoch of an [`Item::Disown`]; others are not recorded.
     Received(Stream, u64),
     Lost,
+    Interrupted,
 }
 
 #[derive(Default)]
@@ -131,6 +132,10 @@ impl Handler for Recorder {
 
     fn lost(&self, _: u32) {
         self.record(Event::Lost);
+    }
+
+    fn interrupted(&self) {
+        self.record(Event::Interrupted);
     }
 }
 
@@ -309,6 +314,20 @@ async fn everything_comes_once_and_in_order_over_a_bus_that_loses_repeats_and_re
     assert_eq!(one.heard.wait_for_count(count - 1).await, direct);
     one.stop().await;
     two.stop().await;
+    mongod.end().await;
+}
+
+#[tokio::test]
+async fn an_interruption_of_the_bus_is_reported() {
+    let mongod = Mongod::shared().await;
+    let mut node = Node::start_deaf(&mongod, 1, no_fault).await;
+    let (bus, frames) = mpsc::channel(1);
+    node.frames = Some(frames);
+    node.listen();
+
+    bus.send(crate::bus::INTERRUPTION).await.unwrap();
+    assert_eq!(node.heard.wait_for_count(1).await, [Event::Interrupted]);
+    node.stop().await;
     mongod.end().await;
 }
 
@@ -508,4 +527,57 @@ async fn a_mark_does_not_overtake_what_was_sent_before_it() {
     one.stop().await;
     two.stop().await;
     mongod.end().await;
+}
+
+/// A bus that takes nothing at first.
+#[derive(Debug)]
+struct RefusingBus {
+    refusals: AtomicU32,
+}
+
+#[async_trait]
+impl Bus for RefusingBus {
+    async fn send(&self, _: Vec<(Destination, Bytes)>) -> Result<(), BusError> {
+        let refuse = |left: u32| left.checked_sub(1);
+        let order = Ordering::Relaxed;
+        match self.refusals.fetch_update(order, order, refuse) {
+            Ok(_) => Err(BusError::Unavailable("refused".to_owned())),
+            Err(_) => Ok(()),
+        }
+    }
+
+    async fn subscribe(&self) -> Result<mpsc::Receiver<Bytes>, BusError> {
+        Err(BusError::Unavailable("refused".to_owned()))
+    }
+}
+
+/// Whether something that is sent is carried, on a bus that refuses so many times.
+async fn is_carried(refusals: u32) -> bool {
+    let refusals = AtomicU32::new(refusals);
+    let bus = Arc::new(RefusingBus { refusals });
+    let links = Arc::new(Links::new(1, bus, Arc::new(TestClock::default())));
+    let stop = CancellationToken::new();
+    let sending = tokio::spawn({
+        let (links, stop) = (links.clone(), stop.clone());
+        async move { links.send_frames(&stop).await }
+    });
+    tokio::task::yield_now().await;
+
+    let item = Item::Log(LogPosition { node: 1, entry: 1 });
+    links.send(Destination::Node(2), &item);
+    let carried = links.carried().await;
+    stop.cancel();
+    sending.await.unwrap();
+    carried
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_bus_refuses_is_sent_again_and_waited_for() {
+    assert!(is_carried(0).await);
+    assert!(is_carried(1).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bus_that_refuses_everything_is_not_waited_for() {
+    assert!(!is_carried(u32::MAX).await);
 }

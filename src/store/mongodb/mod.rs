@@ -7,6 +7,7 @@
 //! Start reading at [`MongoStore`].
 
 mod batch;
+mod clients;
 mod commands;
 mod documents;
 mod garbage;
@@ -45,6 +46,7 @@ use super::{
 };
 use crate::mqtt::PacketId;
 
+pub(crate) use self::clients::{ClientRow, ClientsAsked};
 pub(crate) use self::log::{LogAction, LogEntry, LogOp, SharedSession};
 pub(crate) use self::nodes::{NodeRow, NodeState};
 pub(crate) use self::open::{Leftover, OpenRequest, OpenedSession};
@@ -150,6 +152,14 @@ impl MongoStore {
     /// Where other things that nodes share may be kept.
     pub(crate) fn database(&self) -> &Database {
         self.commands.database()
+    }
+
+    /// A name that no other cluster has, whatever server and database it uses.
+    ///
+    /// # Errors
+    /// `StoreError` if it cannot be had now.
+    pub(crate) async fn cluster(&self) -> Result<String, StoreError> {
+        schema::cluster_name(&self.commands).await
     }
 
     /// This node, for as long as its process runs; no other has ever had this number.

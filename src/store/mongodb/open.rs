@@ -499,7 +499,7 @@ impl MongoStore {
 /// What those are marked with that one operation takes.
 fn random_token() -> [u8; 12] {
     let mut token = [0; 12];
-    aws_lc_rs::rand::fill(&mut token).expect("the system has random numbers");
+    getrandom::fill(&mut token).expect("the system has random numbers");
     token
 }
 

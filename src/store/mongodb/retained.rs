@@ -73,7 +73,7 @@ pub(super) fn current(now: DateTime) -> RawDocumentBuf {
 }
 
 /// The first text that follows all those that begin with `prefix`, if there is one.
-fn successor(prefix: &str) -> Option<String> {
+pub(super) fn successor(prefix: &str) -> Option<String> {
     let mut prefix = prefix.to_owned();
     while let Some(last) = prefix.pop() {
         // Skips the surrogates, which are no characters.

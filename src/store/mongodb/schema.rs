@@ -1,5 +1,6 @@
 //! What the database must be like: checked, and made where it is missing, before anything else.
 
+use bson::oid::ObjectId;
 use bson::raw::RawDocumentBuf;
 use bson::{cstr, rawdoc};
 
@@ -89,6 +90,27 @@ pub(super) async fn prepare(commands: &Commands) -> Result<(), StoreError> {
         commands.write(batch.command).await?;
     }
     Ok(())
+}
+
+/// The name of the database, and what tells it from others of this name; made when it is first asked
+/// for.
+pub(super) async fn cluster_name(commands: &Commands) -> Result<String, StoreError> {
+    let find_or_make = rawdoc! {
+        "findAndModify": META,
+        "query": { "_id": "cluster" },
+        "update": { "$setOnInsert": { "id": ObjectId::new() } },
+        "upsert": true,
+        "new": true,
+        "writeConcern": { "w": "majority" },
+    };
+    let answer = commands.run(find_or_make).await?;
+    let id = answer
+        .get_document("value")
+        .and_then(|cluster| cluster.get_object_id("id"))
+        .map_err(|_| StoreError::Damaged {
+            what: "the name of the cluster",
+        })?;
+    Ok(format!("{}:{id}", commands.database().name()))
 }
 
 fn expires_when_due() -> RawDocumentBuf {

@@ -1,0 +1,249 @@
+//! Nodes on one database that tell each other by Redis: what clients see while Redis fails.
+
+use std::net::{SocketAddr, TcpListener};
+use std::process::{Command, Stdio};
+
+use crate::lines::Lines;
+use crate::mongod::Database;
+use crate::node::{Cluster, Settings};
+use crate::process::Process;
+use crate::proxy::Proxy;
+use crate::seed::Seed;
+use crate::workload::{Size, Workload};
+
+/// A server that keeps nothing. It is killed when dropped.
+struct Redis {
+    process: Process,
+    port: u16,
+}
+
+impl Redis {
+    #[track_caller]
+    fn start() -> Self {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        Self {
+            process: spawn(port),
+            port,
+        }
+    }
+
+    fn address(&self) -> SocketAddr {
+        ([127, 0, 0, 1], self.port).into()
+    }
+
+    /// Ends it as a power cut would.
+    fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again, after it has ended.
+    #[track_caller]
+    fn start_again(&mut self) {
+        self.process = spawn(self.port);
+    }
+
+    /// Ends the connections of all who listen, as Redis itself does with those who are too slow.
+    async fn cut_off_listeners(&self) {
+        let client = redis::Client::open(format!("redis://{}", self.address())).unwrap();
+        let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+        let killed: u32 = redis::cmd("CLIENT")
+            .arg(&["KILL", "TYPE", "pubsub"])
+            .query_async(&mut connection)
+            .await
+            .unwrap();
+        assert!(killed > 0);
+    }
+}
+
+/// `./test` installs it.
+fn spawn(port: u16) -> Process {
+    let program = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/target/test-tools/redis-server"
+    );
+    let mut child = Command::new(program)
+        .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+        .args(["--port", &port.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{program}: {error}; `./test` installs it"));
+    let log = Lines::collect(child.stdout.take().expect("stdout is piped"));
+    log.wait_for("\"Ready to accept connections\"", |lines| {
+        lines
+            .iter()
+            .find(|line| line.contains("Ready to accept"))
+            .cloned()
+    });
+    Process::new("redis-server".to_owned(), child, log)
+}
+
+/// What makes a node use `database`, and Redis at `address`.
+fn settings(database: &Database, address: SocketAddr) -> Settings {
+    let mut settings = database.settings();
+    settings.push(("bus.kind".to_owned(), "redis".to_owned()));
+    settings.push(("bus.url".to_owned(), format!("redis://{address}")));
+    settings
+}
+
+async fn start(nodes: usize, redis: &Redis) -> Cluster {
+    let database = Database::shared();
+    let settings = (0..nodes).map(|_| settings(&database, redis.address()));
+    let mut cluster = Cluster::start(settings.collect()).await;
+    for node in 0..nodes {
+        cluster.node(node).wait_for_events("bus_up", 1);
+    }
+    cluster
+}
+
+/// Two nodes, of which the first reaches Redis through the proxy.
+async fn start_with_one_behind(redis: &Redis) -> (Cluster, Proxy) {
+    let proxy = Proxy::start(redis.address()).await;
+    let database = Database::shared();
+    let cluster = Cluster::start(vec![
+        settings(&database, proxy.address()),
+        settings(&database, redis.address()),
+    ])
+    .await;
+    (cluster, proxy)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_move_between_nodes_on_redis() {
+    let mut seed = Seed::new();
+    let redis = Redis::start();
+    let cluster = start(3, &redis).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+    workload.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_on_redis_is_killed_and_another_starts() {
+    let mut seed = Seed::new();
+    let redis = Redis::start();
+    let mut cluster = start(3, &redis).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+
+    workload.wait_for_percent(seed.between(5, 30)).await;
+    cluster.node(0).kill();
+    workload.wait_for_percent(seed.between(30, 50)).await;
+    cluster.node(1).kill();
+    cluster.node(0).start_again();
+    workload.wait_for_percent(seed.between(50, 80)).await;
+    cluster.node(1).start_again();
+
+    workload.finish().await;
+}
+
+/// Scenario 7.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_is_killed_and_starts_again() {
+    let mut seed = Seed::new();
+    let mut redis = Redis::start();
+    let mut cluster = start(2, &redis).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+
+    workload.wait_for_percent(seed.between(5, 40)).await;
+    redis.kill();
+    cluster.node(0).wait_for_events("bus_down", 1);
+    workload.wait_for_percent(seed.between(40, 70)).await;
+    redis.start_again();
+    cluster.node(0).wait_for_events("bus_up", 2);
+    cluster.node(1).wait_for_events("bus_up", 2);
+
+    workload.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_is_away_when_nodes_start() {
+    let mut seed = Seed::new();
+    let mut redis = Redis::start();
+    redis.kill();
+    let database = Database::shared();
+    let settings = (0..2).map(|_| settings(&database, redis.address()));
+    let mut cluster = Cluster::start(settings.collect()).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+
+    workload.wait_for_percent(seed.between(5, 50)).await;
+    redis.start_again();
+    cluster.node(0).wait_for_events("bus_up", 1);
+    cluster.node(1).wait_for_events("bus_up", 1);
+
+    workload.finish().await;
+}
+
+/// Scenario 8: the node knows at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_node_is_cut_off_from_redis() {
+    let mut seed = Seed::new();
+    let redis = Redis::start();
+    let (mut cluster, proxy) = start_with_one_behind(&redis).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+
+    workload.wait_for_percent(seed.between(5, 40)).await;
+    proxy.cut();
+    cluster.node(0).wait_for_events("bus_down", 1);
+    workload.wait_for_percent(seed.between(40, 70)).await;
+    proxy.restore();
+    cluster.node(0).wait_for_events("bus_up", 2);
+
+    workload.finish().await;
+}
+
+/// Scenario 8: nobody knows until the echo is missing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_connections_of_one_node_to_redis_are_half_open() {
+    let mut seed = Seed::new();
+    let redis = Redis::start();
+    let (mut cluster, proxy) = start_with_one_behind(&redis).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+
+    workload.wait_for_percent(seed.between(5, 40)).await;
+    proxy.pause();
+    cluster.node(0).wait_for_events("bus_down", 1);
+    workload.wait_for_percent(seed.between(40, 70)).await;
+    proxy.restore();
+    cluster.node(0).wait_for_events("bus_up", 2);
+
+    workload.finish().await;
+}
+
+/// Scenario 9.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_is_frozen() {
+    let mut seed = Seed::new();
+    let redis = Redis::start();
+    let mut cluster = start(2, &redis).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+
+    workload.wait_for_percent(seed.between(5, 40)).await;
+    redis.process.freeze();
+    cluster.node(0).wait_for_events("bus_down", 1);
+    workload.wait_for_percent(seed.between(40, 70)).await;
+    redis.process.thaw();
+    cluster.node(0).wait_for_events("bus_up", 2);
+    cluster.node(1).wait_for_events("bus_up", 2);
+
+    workload.finish().await;
+}
+
+/// Scenario 10: whatever waits in Redis for a node is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_cuts_off_listeners_again_and_again() {
+    let mut seed = Seed::new();
+    let redis = Redis::start();
+    let mut cluster = start(2, &redis).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+
+    for cut in 1..=4 {
+        workload.wait_for_percent(20 * cut).await;
+        redis.cut_off_listeners().await;
+        let times = usize::try_from(cut).unwrap() + 1;
+        cluster.node(0).wait_for_events("bus_up", times);
+        cluster.node(1).wait_for_events("bus_up", times);
+    }
+
+    workload.finish().await;
+}
