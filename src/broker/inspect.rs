@@ -1,0 +1,417 @@
+//! What can be seen of a node from outside, for health checks and the API. It changes nothing, but
+//! for [`Node::kick`].
+
+use std::collections::BinaryHeap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU16;
+use std::time::Duration;
+
+use super::clients::Seen;
+use super::flush::unix_ms;
+use super::mailbox::Order;
+use super::subscriptions::Matches;
+use super::{LastTopic, Node, Publisher};
+use crate::mqtt::topic::{SubscribeOptions, TopicFilter};
+use crate::mqtt::{Message, ProtocolVersion, ReasonCode, SubscriptionFilter};
+use crate::store::mongodb::{ClientRow, ClientsAsked, NodeState};
+use crate::store::{Retained, StoreError};
+
+/// Whether what clients send can be made durable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum StoreHealth {
+    Available,
+    Unavailable { reason: String },
+}
+
+/// What a connection tells about its client.
+#[derive(Debug)]
+pub(crate) struct Presence {
+    pub(crate) peer: SocketAddr,
+    pub(crate) listener: Arc<str>,
+    pub(crate) user_name: Option<Arc<str>>,
+    pub(crate) version: ProtocolVersion,
+    pub(crate) keep_alive: Option<Duration>,
+    pub(crate) clean_start: bool,
+    /// Seconds.
+    pub(crate) expiry_interval: u32,
+    /// Unix milliseconds.
+    pub(crate) connected_at: u64,
+    /// QoS 1 and 2 messages sent to the client that it has not finished.
+    pub(crate) in_flight: AtomicU16,
+}
+
+/// What waits for a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Waiting {
+    /// Sent and not acknowledged ones included.
+    pub(crate) messages: u64,
+    pub(crate) bytes: u64,
+    /// Of these, and of QoS 0, what is held in memory.
+    pub(crate) memory_messages: u64,
+    pub(crate) memory_bytes: u64,
+}
+
+/// A session, whether its client is there or not.
+#[derive(Clone, Debug)]
+pub(crate) struct ClientView {
+    pub(crate) client_id: Arc<str>,
+    pub(crate) connected: bool,
+    /// The name of the node that has it, if one has.
+    pub(crate) node: Option<Arc<str>>,
+    pub(crate) version: ProtocolVersion,
+    /// Seconds.
+    pub(crate) expiry_interval: u32,
+    /// Unix milliseconds.
+    pub(crate) ends_at: Option<u64>,
+    /// Of a connection to this node.
+    pub(crate) presence: Option<Arc<Presence>>,
+    /// Known at the node that has it.
+    pub(crate) waiting: Option<Waiting>,
+    /// Known at the node that has it.
+    pub(crate) in_flight: Option<u64>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct SubscriptionView {
+    pub(crate) filter: SubscriptionFilter,
+    pub(crate) options: SubscribeOptions,
+    pub(crate) identifier: Option<u32>,
+}
+
+/// Which clients to show, in the order of their ids.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ClientsFilter {
+    /// Only those whose ids follow it.
+    pub(crate) after: Option<String>,
+    pub(crate) id: IdFilter,
+    pub(crate) connected: Option<bool>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(crate) enum IdFilter {
+    #[default]
+    All,
+    Is(String),
+    BeginsWith(String),
+}
+
+/// A node of the cluster.
+#[derive(Clone, Debug)]
+pub(crate) struct NodeView {
+    pub(crate) number: u32,
+    pub(crate) name: String,
+    pub(crate) state: NodeState,
+    pub(crate) is_this: bool,
+}
+
+/// What became of an order to end a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kicked {
+    Told,
+    NotConnected,
+    /// There is no such client here.
+    Unknown,
+}
+
+impl IdFilter {
+    fn admits(&self, client_id: &str) -> bool {
+        match self {
+            Self::All => true,
+            Self::Is(id) => client_id == id,
+            Self::BeginsWith(prefix) => client_id.starts_with(prefix.as_str()),
+        }
+    }
+}
+
+impl ClientsFilter {
+    fn admits(&self, client_id: &str, connected: bool) -> bool {
+        self.connected.is_none_or(|wanted| wanted == connected)
+            && self.after.as_deref().is_none_or(|after| client_id > after)
+            && self.id.admits(client_id)
+    }
+}
+
+impl Node {
+    pub(crate) fn store_health(&self) -> StoreHealth {
+        if self.flusher.has_failed() {
+            return StoreHealth::Unavailable {
+                reason: "the store has failed".to_owned(),
+            };
+        }
+        match &self.cluster {
+            Some(cluster) => cluster.store_health(),
+            None => StoreHealth::Available,
+        }
+    }
+
+    /// All nodes that there are, or were until an hour ago.
+    ///
+    /// # Errors
+    /// `StoreError` if they cannot be read.
+    pub(crate) async fn nodes(&self) -> Result<Vec<NodeView>, StoreError> {
+        let Some(cluster) = &self.cluster else {
+            return Ok(vec![NodeView {
+                number: 0,
+                name: self.name.to_string(),
+                state: NodeState::Up,
+                is_this: true,
+            }]);
+        };
+        let rows = cluster.store.nodes().await?;
+        let view = |row: crate::store::mongodb::NodeRow| NodeView {
+            number: row.node,
+            is_this: row.node == cluster.node(),
+            name: row.name,
+            state: row.state,
+        };
+        Ok(rows.into_iter().map(view).collect())
+    }
+
+    /// The first `at_most` clients that `filter` admits, of the whole cluster.
+    ///
+    /// # Errors
+    /// `StoreError` if they cannot be read.
+    pub(crate) async fn clients(
+        &self,
+        filter: &ClientsFilter,
+        at_most: usize,
+    ) -> Result<Vec<ClientView>, StoreError> {
+        let Some(cluster) = &self.cluster else {
+            return Ok(self.own_clients(filter, at_most));
+        };
+        let (id, prefix) = match &filter.id {
+            IdFilter::All => (None, None),
+            IdFilter::Is(id) => (Some(id.as_str()), None),
+            IdFilter::BeginsWith(prefix) => (None, Some(prefix.as_str())),
+        };
+        let asked = ClientsAsked {
+            id,
+            prefix,
+            after: filter.after.as_deref(),
+            connected: filter.connected,
+            at_most: i64::try_from(at_most).unwrap_or(i64::MAX),
+        };
+        let rows = cluster.store.clients(asked).await?;
+        let nodes = self.nodes().await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| self.shared_view(row, &nodes))
+            .collect())
+    }
+
+    fn own_clients(&self, filter: &ClientsFilter, at_most: usize) -> Vec<ClientView> {
+        // The largest on top: it goes when there are too many.
+        let mut first: BinaryHeap<Arc<str>> = BinaryHeap::new();
+        self.clients.visit_ids(|client_id, connected| {
+            if !filter.admits(client_id, connected) {
+                return;
+            }
+            if first.len() == at_most {
+                if first.peek().is_none_or(|largest| largest <= client_id) {
+                    return;
+                }
+                first.pop();
+            }
+            first.push(client_id.clone());
+        });
+        let ids = first.into_sorted_vec().into_iter();
+        ids.filter_map(|client_id| self.own_client(&client_id))
+            .collect()
+    }
+
+    /// A client of this node.
+    fn own_client(&self, client_id: &Arc<str>) -> Option<ClientView> {
+        let node = Some(self.name.clone());
+        Some(match self.clients.see(client_id)? {
+            Seen::Connected { mailbox, presence } => ClientView {
+                client_id: client_id.clone(),
+                connected: true,
+                node,
+                version: presence
+                    .as_ref()
+                    .map_or(ProtocolVersion::V5, |presence| presence.version),
+                expiry_interval: presence
+                    .as_ref()
+                    .map_or(0, |presence| presence.expiry_interval),
+                ends_at: None,
+                waiting: Some(mailbox.waiting()),
+                in_flight: presence.as_ref().map(|presence| {
+                    let in_flight = presence
+                        .in_flight
+                        .load(std::sync::atomic::Ordering::Relaxed);
+                    u64::from(in_flight)
+                }),
+                presence,
+            },
+            Seen::Detached {
+                mailbox,
+                version,
+                expiry_interval,
+                ends_at,
+                in_flight,
+            } => ClientView {
+                client_id: client_id.clone(),
+                connected: false,
+                node,
+                version,
+                expiry_interval,
+                ends_at,
+                presence: None,
+                waiting: Some(mailbox.waiting()),
+                in_flight: Some(u64::from(in_flight)),
+            },
+        })
+    }
+
+    /// What the store says of a client, with what this node knows if it is here.
+    fn shared_view(&self, row: ClientRow, nodes: &[NodeView]) -> ClientView {
+        let at = row.node.filter(|_| row.record.connected);
+        let at = at.and_then(|number| nodes.iter().find(|node| node.number == number));
+        let is_here = at.is_some_and(|node| node.is_this);
+        let own = is_here.then(|| self.own_client(&row.client_id)).flatten();
+        let own = own.filter(|own| own.connected);
+        ClientView {
+            connected: row.record.connected,
+            node: at.map(|node| node.name.as_str().into()),
+            version: row.record.version,
+            expiry_interval: row.record.expiry_interval,
+            ends_at: row.record.ends_at,
+            waiting: own.as_ref().and_then(|own| own.waiting),
+            in_flight: own.as_ref().and_then(|own| own.in_flight),
+            presence: own.and_then(|own| own.presence),
+            client_id: row.client_id,
+        }
+    }
+
+    /// One client, with its subscriptions.
+    ///
+    /// # Errors
+    /// `StoreError` if it cannot be read.
+    pub(crate) async fn client(
+        &self,
+        client_id: &Arc<str>,
+    ) -> Result<Option<(ClientView, Vec<SubscriptionView>)>, StoreError> {
+        let Some(cluster) = &self.cluster else {
+            let view = self.own_client(client_id);
+            return Ok(view.map(|view| (view, self.own_subscriptions(client_id))));
+        };
+        let asked = ClientsAsked {
+            id: Some(client_id),
+            at_most: 1,
+            ..ClientsAsked::default()
+        };
+        let Some(mut row) = cluster.store.clients(asked).await?.pop() else {
+            return Ok(None);
+        };
+        let stored = std::mem::take(&mut row.subscriptions);
+        let view = self.shared_view(row, &self.nodes().await?);
+        let subscriptions = if view.presence.is_some() {
+            self.own_subscriptions(client_id)
+        } else {
+            let view = |stored: crate::store::StoredSubscription| SubscriptionView {
+                filter: stored.filter,
+                options: stored.options,
+                identifier: stored.identifier,
+            };
+            stored.into_iter().map(view).collect()
+        };
+        Ok(Some((view, subscriptions)))
+    }
+
+    fn own_subscriptions(&self, client_id: &Arc<str>) -> Vec<SubscriptionView> {
+        let Some(Seen::Connected { mailbox, .. } | Seen::Detached { mailbox, .. }) =
+            self.clients.see(client_id)
+        else {
+            return Vec::new();
+        };
+        let mut views = self.subscriptions.of(&mailbox);
+        let groups = self.groups.lock();
+        views.extend(groups.values().filter_map(|group| {
+            let (options, identifier) = group.terms_of(client_id)?;
+            Some(SubscriptionView {
+                filter: group.filter().clone(),
+                options,
+                identifier,
+            })
+        }));
+        views.sort_by(|a, b| a.filter.cmp(&b.filter));
+        views
+    }
+
+    /// Who gets a message to `topic`.
+    pub(crate) fn recipients(&self, topic: &str) -> Arc<Matches> {
+        self.subscriptions.matches(topic).0
+    }
+
+    /// Tells a connection of this node to end.
+    pub(crate) fn kick(&self, client_id: &str, reason: ReasonCode) -> Kicked {
+        match self.clients.see(client_id) {
+            Some(Seen::Connected { mailbox, .. }) => {
+                mailbox.give(Order::Kicked(reason));
+                Kicked::Told
+            }
+            Some(Seen::Detached { .. }) => Kicked::NotConnected,
+            None => Kicked::Unknown,
+        }
+    }
+
+    /// Up to `at_most` retained messages that match `filter` and whose topics follow `after`, in the
+    /// order of their topics; and whether there may be more.
+    ///
+    /// # Errors
+    /// `StoreError` if they cannot be read.
+    pub(crate) async fn retained_page(
+        &self,
+        filter: &TopicFilter,
+        after: Option<&str>,
+        at_most: usize,
+    ) -> Result<(Vec<Retained>, bool), StoreError> {
+        // Other nodes have none of ours below `$SYS`, and the store has nothing else.
+        let shared = self.cluster.as_ref();
+        let shared = shared.filter(|_| !filter.as_str().starts_with("$SYS"));
+        let mut walk = self
+            .retained
+            .walk_after(filter.clone(), shared.is_some(), after);
+        let mut found = Vec::new();
+        loop {
+            let room = at_most - found.len();
+            let more = match shared {
+                None => walk.step(&self.retained, &mut found, room),
+                Some(cluster) => match walk.next_in_store(room) {
+                    None => false,
+                    Some(range) => {
+                        let read = cluster.store.read_retained(range).await?;
+                        walk.take_read(read, &mut found);
+                        true
+                    }
+                },
+            };
+            let now = unix_ms();
+            found.retain(|retained| !retained.message.is_expired(now));
+            if !more || found.len() >= at_most {
+                return Ok((found, more));
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Publishes a message that comes from no client. Returns whether anybody wants it, once it is
+    /// as safe as an acknowledged message of a client.
+    ///
+    /// # Errors
+    /// `StoreError` if the store has failed.
+    pub(crate) async fn publish_from(
+        &self,
+        publisher: &Arc<str>,
+        message: &Message,
+    ) -> Result<bool, StoreError> {
+        let publisher = Publisher {
+            client_id: publisher,
+            mailbox: None,
+        };
+        let published = self.publish(message, publisher, &mut LastTopic::default(), None);
+        self.flusher.durable(published.receipt).await?;
+        Ok(published.matched)
+    }
+}

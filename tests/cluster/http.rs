@@ -1,0 +1,102 @@
+//! What the HTTP API of one node tells of the others.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+
+use serde_json::Value;
+use tokio::time::{Instant, sleep};
+
+use crate::client::Client;
+use crate::lines::DEADLINE;
+use crate::mongod::{Database, POLL_PAUSE, ReplicaSet};
+use crate::node::Cluster;
+use crate::wire::{Connect, Version};
+
+/// The status and the body of the answer.
+fn ask(address: SocketAddr, method: &str, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    let request =
+        format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head[9..12].parse().unwrap(), body.to_owned())
+}
+
+async fn wait_for_lbz(address: SocketAddr, status: u16) {
+    let end = Instant::now() + DEADLINE;
+    while ask(address, "GET", "/lbz").0 != status {
+        assert!(Instant::now() < end, "/lbz does not become {status}");
+        sleep(POLL_PAUSE).await;
+    }
+}
+
+#[track_caller]
+fn get(address: SocketAddr, path: &str) -> Value {
+    let (status, body) = ask(address, "GET", path);
+    assert_eq!(status, 200, "{body}");
+    serde_json::from_str(&body).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_node_tells_of_the_whole_cluster() {
+    let set = ReplicaSet::start(1).await;
+    let database = Database::on(set.uri());
+    let mut cluster = Cluster::start(vec![database.settings(), database.settings()]).await;
+    let mut clients = Vec::new();
+    for (node, client_id) in [(0, "a"), (1, "b"), (0, "c")] {
+        let connect = Connect::persistent(Version::V5, client_id);
+        let address = cluster.node(node).address();
+        clients.push(Client::connect(address, &connect).await);
+    }
+    let http = [0, 1].map(|node| cluster.node(node).http_address());
+    for address in http {
+        wait_for_lbz(address, 200).await;
+    }
+
+    for address in http {
+        let nodes = get(address, "/api/v1/nodes");
+        assert_eq!(nodes["items"].as_array().unwrap().len(), 2);
+        let first = get(address, "/api/v1/clients?limit=2&state=connected");
+        let cursor = first["next_cursor"].as_str().unwrap();
+        let rest = get(address, &format!("/api/v1/clients?limit=2&cursor={cursor}"));
+        let items = [&first, &rest].map(|page| page["items"].as_array().unwrap().clone());
+        let seen = items.concat();
+        let seen: Vec<_> = seen
+            .iter()
+            .map(|client| {
+                let text = |key: &str| client[key].as_str().unwrap_or_default();
+                (text("client_id"), text("node"))
+            })
+            .collect();
+        assert_eq!(seen, [("a", "node-1"), ("b", "node-2"), ("c", "node-1")]);
+    }
+    let own = get(http[0], "/api/v1/clients/a");
+    assert_eq!(own["connection"]["listener"], "tcp");
+    let other = get(http[1], "/api/v1/clients/a");
+    assert_eq!(other["state"], "connected");
+    assert!(other["connection"].is_null());
+    let (status, body) = ask(http[1], "DELETE", "/api/v1/clients/a");
+    assert_eq!(status, 409, "{body}");
+    assert!(body.contains("node-1"), "{body}");
+    let (status, _) = ask(http[0], "DELETE", "/api/v1/clients/a");
+    assert_eq!(status, 204);
+}
+
+/// Balancers that keep connections on 404 would cut off every client on 503.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_without_mongodb_is_alive_and_asks_for_no_new_clients() {
+    let mut set = ReplicaSet::start(1).await;
+    let mut cluster = Cluster::start(vec![Database::on(set.uri()).settings()]).await;
+    let http = cluster.node(0).http_address();
+    wait_for_lbz(http, 200).await;
+
+    set.mongod(0).kill();
+    wait_for_lbz(http, 404).await;
+    assert_eq!(ask(http, "GET", "/livez").0, 200);
+    let (status, body) = ask(http, "GET", "/readyz");
+    assert_eq!(status, 503);
+    assert!(body.contains("\"status\":\"degraded\""), "{body}");
+}
