@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
@@ -24,6 +25,23 @@ use crate::config::{Log, LogFormat};
 /// The database tells of every file that it writes. `log.level` can ask for that by name.
 const LIBRARIES: &str = "fjall=warn,lsm_tree=warn";
 
+/// Changes what is logged. As global as the log itself; unset if somebody else set that up.
+static SET_FILTER: OnceLock<SetFilter> = OnceLock::new();
+
+type SetFilter = Box<dyn Fn(EnvFilter) -> bool + Send + Sync>;
+
+fn filter(level: &str) -> EnvFilter {
+    EnvFilter::new(format!("{LIBRARIES},{level}"))
+}
+
+/// Logs what `level` says from now on; without effect if the program around has its own log.
+pub(crate) fn set_level(level: &str) {
+    let set = SET_FILTER.get().is_some_and(|set| set(filter(level)));
+    if set {
+        tracing::info!(event = "log_level_changed", level);
+    }
+}
+
 /// Sends all events of this process to stderr, one per line, with UTC times of RFC 3339. Does
 /// nothing if that has been arranged before, as a program around this library may have.
 pub fn start(log: &Log) {
@@ -32,27 +50,38 @@ pub fn start(log: &Log) {
         LogFormat::Text => true,
         LogFormat::Json => false,
     };
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(format!("{LIBRARIES},{}", log.level)))
-        .with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr);
+    let filter = filter(&log.level);
     let started = if text {
         let colours = std::io::stderr().is_terminal()
             && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-        builder
+        let builder = builder
             .with_ansi(colours)
             .with_target(false)
             .fmt_fields(TextFields)
-            .try_init()
+            .with_env_filter(filter)
+            .with_filter_reloading();
+        let handle = builder.reload_handle();
+        let set: SetFilter = Box::new(move |filter| handle.reload(filter).is_ok());
+        builder.try_init().map(|()| set)
     } else {
-        builder
+        let builder = builder
             .json()
             .flatten_event(true)
             .with_current_span(false)
             .with_span_list(false)
-            .try_init()
+            .with_env_filter(filter)
+            .with_filter_reloading();
+        let handle = builder.reload_handle();
+        let set: SetFilter = Box::new(move |filter| handle.reload(filter).is_ok());
+        builder.try_init().map(|()| set)
     };
-    if let Err(error) = started {
-        tracing::debug!(event = "log_kept", %error, "the program around has its own log");
+    match started {
+        // Nobody else can have set it: the log can be set up once.
+        Ok(set) => drop(SET_FILTER.set(set)),
+        Err(error) => {
+            tracing::debug!(event = "log_kept", %error, "the program around has its own log");
+        }
     }
 }
 

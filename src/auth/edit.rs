@@ -172,25 +172,30 @@ impl Editor {
 
     /// Replaces the file at once: a broker that reads it meanwhile sees the old or the new one.
     pub(crate) fn save(&self) -> Result<(), EditError> {
-        let failed = |path: &Path| {
-            let path = path.to_owned();
-            |source| EditError::Io { path, source }
-        };
-        let mut temporary = self.path.clone().into_os_string();
-        temporary.push(format!(".{}.tmp", std::process::id()));
-        let temporary = PathBuf::from(temporary);
-        let written = create_private(&temporary).and_then(|mut file| {
-            keep_access(&self.path, &file)?;
-            file.write_all(self.text.as_bytes())?;
-            file.sync_all()
-        });
-        if let Err(source) = written {
-            // Nothing is lost with it, and the first error is the one to report.
-            let _ = fs::remove_file(&temporary);
-            return Err(failed(&temporary)(source));
-        }
-        fs::rename(&temporary, &self.path).map_err(failed(&self.path))
+        replace_file(&self.path, &self.text)
     }
+}
+
+/// Replaces a file of secrets, or makes it: whoever reads it meanwhile sees the old or the new one.
+pub(crate) fn replace_file(path: &Path, text: &str) -> Result<(), EditError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        |source| EditError::Io { path, source }
+    };
+    let mut temporary = path.to_owned().into_os_string();
+    temporary.push(format!(".{}.tmp", std::process::id()));
+    let temporary = PathBuf::from(temporary);
+    let written = create_private(&temporary).and_then(|mut file| {
+        keep_access(path, &file)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    });
+    if let Err(source) = written {
+        // Nothing is lost with it, and the first error is the one to report.
+        let _ = fs::remove_file(&temporary);
+        return Err(failed(&temporary)(source));
+    }
+    fs::rename(&temporary, path).map_err(failed(path))
 }
 
 fn end_line(text: &mut String) {

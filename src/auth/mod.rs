@@ -5,6 +5,7 @@
 //! session.
 
 mod anonymous;
+mod current;
 pub(crate) mod edit;
 pub(crate) mod password;
 mod pattern;
@@ -23,6 +24,7 @@ use crate::config::{Auth, ConfigError};
 use crate::mqtt::{QoS, ReasonCode};
 
 use anonymous::Anonymous;
+pub(crate) use current::CurrentAccess;
 use users::{Users, UsersFile};
 
 /// An answer at once, or one that takes a while (a password hash, another service). Whoever asks
@@ -103,6 +105,12 @@ pub trait Authorizer: fmt::Debug + Send + Sync {
 
     /// Whether [`Request::Receive`] can be refused at all; it is not asked otherwise.
     fn restricts_receive(&self) -> bool;
+
+    /// Whether a client that has been let in may stay. Asked once more at the beginning, and when
+    /// files have been read again.
+    fn may_stay(&self, _identity: &Identity) -> bool {
+        true
+    }
 }
 
 /// Those who answer.

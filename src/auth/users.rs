@@ -325,6 +325,13 @@ impl Authorizer for Users {
     fn restricts_receive(&self) -> bool {
         self.restricts_receive
     }
+
+    fn may_stay(&self, identity: &Identity) -> bool {
+        match &identity.user_name {
+            None => self.anonymous,
+            Some(name) => self.file.users.contains_key(&**name),
+        }
+    }
 }
 
 /// Checks passwords off the runtime's workers, as many at a time as there are cores: one check

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
+use super::network::Network;
 use super::value::{Setting, Unfit, Value, choices, section};
 
 /// A listener, complete.
@@ -13,6 +14,10 @@ pub struct Listener {
     /// Absent where bytes travel in the clear.
     pub tls: Option<Tls>,
     pub transport: Transport,
+    /// Whether proxies say who their clients are.
+    pub proxy_protocol: ProxyProtocol,
+    /// Which ones are believed.
+    pub trusted_proxies: Vec<Network>,
 }
 
 /// What carries the packets.
@@ -59,6 +64,16 @@ choices! {
     }
 }
 
+choices! {
+    /// Whether connections begin with a header of the PROXY protocol: those from trusted proxies
+    /// may, or all of them do and come from trusted proxies.
+    pub enum ProxyProtocol {
+        Off = "off",
+        Optional = "optional",
+        Required = "required",
+    }
+}
+
 impl ListenerKind {
     pub fn default_port(self) -> u16 {
         match self {
@@ -80,8 +95,13 @@ impl Listener {
         }
     }
 
+    /// Whether others than this machine can connect, without a certificate.
+    pub(super) fn is_exposed(&self) -> bool {
+        !self.bind.ip().is_loopback() && !self.requires_certificate()
+    }
+
     /// Whether whoever connects has proved with a certificate that they may.
-    pub(super) fn requires_certificate(&self) -> bool {
+    fn requires_certificate(&self) -> bool {
         let client_auth = self.tls.as_ref().map(|tls| &tls.client_auth);
         matches!(client_auth, Some(ClientAuth::Required { .. }))
     }
@@ -155,6 +175,8 @@ section! {
         bind: Option<Bind> = None,
         path: Option<String> = None,
         allowed_origins: Option<Vec<String>> = None,
+        proxy_protocol: Option<ProxyProtocol> = None,
+        trusted_proxies: Option<Vec<Network>> = None,
     }
 }
 
@@ -190,7 +212,15 @@ macro_rules! optional_settings {
         }
     )*};
 }
-optional_settings!(ListenerKind, Bind, String, Vec<String>, ClientAuthKind);
+optional_settings!(
+    ListenerKind,
+    Bind,
+    String,
+    Vec<String>,
+    ClientAuthKind,
+    ProxyProtocol,
+    Vec<Network>
+);
 
 /// What is wrong with a listener: the key to blame and the reason.
 pub(super) type Fault = (&'static str, &'static str);
@@ -229,6 +259,21 @@ impl ListenerDraft {
             }
         };
 
+        let proxy_protocol = *self.proxy_protocol.get_or_insert(ProxyProtocol::Off);
+        let trusted_proxies = self.trusted_proxies.clone().unwrap_or_default();
+        if proxy_protocol != ProxyProtocol::Off && trusted_proxies.is_empty() {
+            faults.push((
+                "trusted_proxies",
+                "is missing: the addresses of the proxies that may say who their clients are",
+            ));
+        }
+        if proxy_protocol == ProxyProtocol::Off && !trusted_proxies.is_empty() {
+            faults.push((
+                "trusted_proxies",
+                "has no effect without proxy_protocol = \"optional\" or \"required\"",
+            ));
+        }
+
         let address = self
             .bind
             .map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |bind| bind.address);
@@ -245,6 +290,8 @@ impl ListenerDraft {
                 bind: SocketAddr::new(address, port),
                 tls,
                 transport,
+                proxy_protocol,
+                trusted_proxies,
             })
         } else {
             Err(faults)

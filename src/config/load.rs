@@ -17,8 +17,8 @@ use super::nearest::nearest;
 use super::problem::{Origin, Problem, SourceFile};
 use super::value::{Section, Value};
 use super::{
-    Auth, ByteSize, Config, ConfigError, Limits, Listener, Log, Node, Session, Store, StoreKind,
-    Sys,
+    Auth, Bus, BusKind, ByteSize, Config, ConfigError, Drain, Http, Limits, Listener, Log, Node,
+    Reload, Session, Store, StoreKind, Sys,
 };
 use crate::mqtt::topic::validate_topic_name;
 
@@ -55,9 +55,10 @@ impl Sources {
 }
 
 /// A [`Config`] that remembers where its values come from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Loaded {
     pub config: Config,
+    sources: Sources,
     draft: Draft,
 }
 
@@ -76,7 +77,14 @@ impl Loaded {
         // What a wrong value leads to would only be noise.
         if problems.is_empty() {
             match draft.complete(&mut problems) {
-                Some(config) if problems.is_empty() => return Ok(Self { config, draft }),
+                Some(config) if problems.is_empty() => {
+                    let sources = sources.clone();
+                    return Ok(Self {
+                        config,
+                        sources,
+                        draft,
+                    });
+                }
                 _ => {}
             }
         }
@@ -87,6 +95,16 @@ impl Loaded {
     /// default says where it comes from.
     pub fn to_toml(&self) -> String {
         self.draft.to_toml()
+    }
+
+    pub(crate) fn sources(&self) -> &Sources {
+        &self.sources
+    }
+
+    /// Every setting by its dotted key, as it would be written in a file; not those without a
+    /// value.
+    pub(crate) fn values(&self) -> BTreeMap<String, String> {
+        self.draft.values()
     }
 
     /// Reports a file that a setting names and that is of no use.
@@ -233,16 +251,20 @@ fn typed(value: &DeValue<'_>) -> Value {
 }
 
 /// A [`Config`] in the making.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Draft {
     node: Node,
     store: Store,
+    bus: Bus,
     listeners: BTreeMap<String, (ListenerDraft, TlsDraft)>,
     auth: Auth,
     limits: Limits,
     session: Session,
+    http: Http,
     log: Log,
     sys: Sys,
+    reload: Reload,
+    drain: Drain,
     /// By dotted key; absent for defaults.
     origins: BTreeMap<String, Origin>,
 }
@@ -251,15 +273,19 @@ const LISTENERS: &str = "listeners";
 
 impl Draft {
     /// In the order in which they are shown; the listeners follow.
-    fn sections(&self) -> [(&'static str, &dyn Section); 7] {
+    fn sections(&self) -> [(&'static str, &dyn Section); 11] {
         [
             ("node", &self.node),
             ("store", &self.store),
+            ("bus", &self.bus),
             ("auth", &self.auth),
             ("limits", &self.limits),
             ("session", &self.session),
+            ("http", &self.http),
             ("log", &self.log),
             ("sys", &self.sys),
+            ("reload", &self.reload),
+            ("drain", &self.drain),
         ]
     }
 
@@ -267,11 +293,15 @@ impl Draft {
         Some(match name {
             "node" => &mut self.node,
             "store" => &mut self.store,
+            "bus" => &mut self.bus,
             "auth" => &mut self.auth,
             "limits" => &mut self.limits,
             "session" => &mut self.session,
+            "http" => &mut self.http,
             "log" => &mut self.log,
             "sys" => &mut self.sys,
+            "reload" => &mut self.reload,
+            "drain" => &mut self.drain,
             _ => return None,
         })
     }
@@ -416,16 +446,21 @@ impl Draft {
         self.check_addresses(&listeners, problems);
         self.check_access(&listeners, problems);
         self.check_store(problems);
+        self.check_bus(problems);
         self.check_ranges(problems);
         Some(Config {
             node: self.node.clone(),
             store: self.store.clone(),
+            bus: self.bus.clone(),
             listeners,
             auth: self.auth.clone(),
             limits: self.limits.clone(),
             session: self.session.clone(),
+            http: self.http.clone(),
             log: self.log.clone(),
             sys: self.sys.clone(),
+            reload: self.reload.clone(),
+            drain: self.drain.clone(),
         })
     }
 
@@ -463,13 +498,20 @@ impl Draft {
                 problems.push(Problem::new(origin, what));
             }
         }
+        if let (true, Some(name)) = (self.http.enabled, taken.get(&self.http.bind)) {
+            let what = format!(
+                "http and the listener `{name}` both want {}",
+                self.http.bind
+            );
+            problems.push(Problem::new(self.origin("http.bind"), what));
+        }
     }
 
     /// Nobody opens the broker to the world by leaving something out.
     fn check_access(&self, listeners: &BTreeMap<String, Listener>, problems: &mut Vec<Problem>) {
-        let undecided = self.auth.anonymous.is_none() && self.auth.users_file.is_none();
+        let undecided = self.auth.is_undecided();
         for (name, listener) in listeners {
-            if undecided && !listener.bind.ip().is_loopback() && !listener.requires_certificate() {
+            if undecided && listener.is_exposed() {
                 let origin = self.origin_of_any(&format!("{LISTENERS}.{name}.bind"));
                 let what = format!(
                     "listener `{name}` can be reached from other machines ({}), and nothing says who may connect",
@@ -536,6 +578,63 @@ impl Draft {
             ),
             (StoreKind::MongoDb, Some(_), None)
             | (StoreKind::Embedded | StoreKind::Memory, None, _) => {}
+        }
+    }
+
+    fn check_bus(&self, problems: &mut Vec<Problem>) {
+        let Bus {
+            kind,
+            url,
+            url_file,
+        } = &self.bus;
+        let mut report = |key: &str, what: &str, hint: &str| {
+            problems.push(Problem::new(self.origin(key), what).with_hint(hint));
+        };
+        let is_shared = self.store.kind == StoreKind::MongoDb;
+        match kind {
+            Some(BusKind::Redis | BusKind::MongoDb) if !is_shared => {
+                return report(
+                    "bus.kind",
+                    &format!(
+                        "store.kind = \"{}\" is for one node alone, and a bus is between several",
+                        self.store.kind.as_str()
+                    ),
+                    "set store.kind = \"mongodb\", or take bus.kind out",
+                );
+            }
+            Some(BusKind::None) if is_shared => {
+                return report(
+                    "bus.kind",
+                    "store.kind = \"mongodb\" is for several nodes, and they need a bus",
+                    "set bus.kind = \"redis\" or \"mongodb\", or take it out",
+                );
+            }
+            Some(_) | None => {}
+        }
+        let is_redis = *kind == Some(BusKind::Redis);
+        match (is_redis, url, url_file) {
+            (true, None, None) => report(
+                "bus.kind",
+                "bus.kind = \"redis\", but nothing says where Redis is",
+                "set bus.url, such as \"redis://cache:6379\", or bus.url_file to a file that \
+                 holds it",
+            ),
+            (true, Some(_), Some(_)) => report(
+                "bus.url_file",
+                "bus.url and bus.url_file are both set",
+                "take one of them out",
+            ),
+            (false, Some(_), _) => report(
+                "bus.url",
+                "bus.url has no effect without bus.kind = \"redis\"",
+                "set bus.kind = \"redis\", or take it out",
+            ),
+            (false, None, Some(_)) => report(
+                "bus.url_file",
+                "bus.url_file has no effect without bus.kind = \"redis\"",
+                "set bus.kind = \"redis\", or take it out",
+            ),
+            (true, Some(_), None) | (true, None, Some(_)) | (false, None, None) => {}
         }
     }
 
@@ -640,6 +739,24 @@ impl Draft {
             crate::telemetry::is_filter(&log.level),
             "a level such as \"info\", or levels for parts such as \"info,midge::net=debug\"",
         );
+    }
+
+    fn values(&self) -> BTreeMap<String, String> {
+        let mut values = BTreeMap::new();
+        let mut add = |name: &str, section: &dyn Section| {
+            let settings = section.show().into_iter();
+            values.extend(
+                settings.filter_map(|(key, value)| Some((format!("{name}.{key}"), value?))),
+            );
+        };
+        for (name, section) in self.sections() {
+            add(name, section);
+        }
+        for (name, (listener, tls)) in &self.listeners {
+            add(&format!("{LISTENERS}.{name}"), listener);
+            add(&format!("{LISTENERS}.{name}.tls"), tls);
+        }
+        values
     }
 
     fn to_toml(&self) -> String {
@@ -763,7 +880,7 @@ mod tests {
         let all: String = example
             .replace("kind = \"embedded\"", "kind = \"mongodb\"")
             .lines()
-            .filter(|line| !line.starts_with("# uri_file"))
+            .filter(|line| !line.starts_with("# uri_file") && !line.starts_with("# url_file"))
             .map(|line| {
                 line.strip_prefix("# ")
                     .filter(|line| line.starts_with('[') || line.contains(" = "))
@@ -1142,6 +1259,58 @@ mod tests {
                 &["store.database should be"],
             );
         }
+    }
+
+    #[test]
+    fn redis_needs_one_url_and_a_store_that_nodes_share() {
+        let shared = [("store.kind", "mongodb"), ("store.uri", "mongodb://db1")];
+        let with = |pairs: &[(&str, &str)]| from_set(&[&shared, pairs].concat());
+        let config = with(&[("bus.kind", "redis"), ("bus.url", "redis://cache")]).unwrap();
+        let url = config.bus.redis_url().unwrap().unwrap();
+        assert_eq!(url.secret(), "redis://cache");
+
+        assert_error(with(&[("bus.kind", "redis")]), &["where Redis is"]);
+        assert_error(with(&[("bus.kind", "none")]), &["they need a bus"]);
+        assert_error(
+            with(&[("bus.url", "redis://cache")]),
+            &["bus.url has no effect"],
+        );
+        assert_error(
+            with(&[
+                ("bus.kind", "redis"),
+                ("bus.url", "redis://cache"),
+                ("bus.url_file", "url"),
+            ]),
+            &["both set"],
+        );
+        assert_error(
+            from_set(&[("bus.kind", "redis"), ("bus.url", "redis://cache")]),
+            &["store.kind = \"embedded\" is for one node alone"],
+        );
+        assert_error(
+            from_file("[bus]\nurl = \"cache:6379\"\n"),
+            &[
+                "bus.url should be a URL such as \"redis://cache:6379\"",
+                "midge.toml:2:7",
+            ],
+        );
+    }
+
+    #[test]
+    fn the_url_of_redis_can_be_in_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("url");
+        let bus = Bus {
+            url_file: Some(path.clone()),
+            ..Bus::default()
+        };
+        std::fs::write(&path, "rediss://:secret@cache\n").unwrap();
+        let url = bus.redis_url().unwrap().unwrap();
+        assert_eq!(url.secret(), "rediss://:secret@cache");
+
+        std::fs::write(&path, "cache").unwrap();
+        let error = bus.redis_url().unwrap_err().to_string();
+        assert!(error.contains("should hold a URL such as"), "{error}");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What the operator decides: every setting, its default, and what becomes of it when it is wrong.
 //!
 //! Owns the settings, the order of their sources (command line, environment, file, default) and
-//! the errors about them. It opens no socket and no store, and nothing changes it after the start.
+//! the errors about them. It opens no socket and no store, and what may change after the start is in
+//! [`Config::take_over`].
 //!
 //! Start reading at [`Config`]; [`load`] brings the sources together, [`listener`] holds the one
 //! section that can be there many times.
@@ -9,36 +10,43 @@
 pub mod listener;
 pub mod load;
 mod nearest;
+mod network;
 pub(crate) mod problem;
 mod uri;
 pub mod value;
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use listener::{ClientAuth, Listener, ListenerKind, Tls, Transport};
+pub use listener::{ClientAuth, Listener, ListenerKind, ProxyProtocol, Tls, Transport};
 pub use load::{Loaded, Sources};
+pub use network::Network;
 pub use problem::ConfigError;
-pub use uri::MongoUri;
-pub use value::{ByteSize, Interval};
+pub use uri::{MongoUri, RedisUrl};
+pub use value::{ByteSize, Grace, Interval};
 
 use problem::Problem;
-use value::{choices, section};
+use value::{Setting, Unfit, Value, choices, section};
 
 /// Everything that can be set, complete and checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     pub node: Node,
     pub store: Store,
+    pub bus: Bus,
     /// By name. The ones that some source names, or else `tcp` on 127.0.0.1:1883.
     pub listeners: BTreeMap<String, Listener>,
     pub auth: Auth,
     pub limits: Limits,
     pub session: Session,
+    pub http: Http,
     pub log: Log,
     pub sys: Sys,
+    pub reload: Reload,
+    pub drain: Drain,
 }
 
 impl Config {
@@ -48,6 +56,38 @@ impl Config {
     /// Every problem that was found, not just the first.
     pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
         Ok(Loaded::new(sources)?.config)
+    }
+
+    /// Takes over what can change while the broker runs.
+    pub(crate) fn take_over(&mut self, new: &Self) {
+        let old = self.clone();
+        for (name, listener) in &mut self.listeners {
+            if let (Some(tls), Some(new)) = (&mut listener.tls, new.listeners.get(name))
+                && let Some(new) = &new.tls
+            {
+                tls.clone_from(new);
+            }
+        }
+        self.auth.clone_from(&new.auth);
+        // The new file is not careless, but it may be together with addresses that stay.
+        if self.is_open_unasked() {
+            self.auth = old.auth;
+            self.listeners = old.listeners;
+        }
+        let (limits, new_limits) = (&mut self.limits, &new.limits);
+        limits.client_id_bytes_max = new_limits.client_id_bytes_max;
+        limits.connections_max = new_limits.connections_max;
+        limits.keep_alive_max = new_limits.keep_alive_max;
+        limits.packet_bytes_max = new_limits.packet_bytes_max;
+        limits.receive_maximum = new_limits.receive_maximum;
+        limits.topic_alias_maximum = new_limits.topic_alias_maximum;
+        self.session.in_flight_max = new.session.in_flight_max;
+        self.log.level.clone_from(&new.log.level);
+    }
+
+    /// Whether others can connect although nobody has said who may.
+    fn is_open_unasked(&self) -> bool {
+        self.auth.is_undecided() && self.listeners.values().any(Listener::is_exposed)
     }
 }
 
@@ -93,7 +133,7 @@ impl Store {
     pub fn mongodb_uri(&self) -> Result<MongoUri, ConfigError> {
         match (&self.uri, &self.uri_file) {
             (Some(uri), _) => Ok(uri.clone()),
-            (None, Some(path)) => uri::read(path)
+            (None, Some(path)) => uri::read_mongodb(path)
                 .map_err(|what| Problem::without_place(format!("store.uri_file: {what}")).into()),
             (None, None) => Err(Problem::without_place("store.uri is not set").into()),
         }
@@ -105,6 +145,55 @@ choices! {
         Embedded = "embedded",
         Memory = "memory",
         MongoDb = "mongodb",
+    }
+}
+
+section! {
+    /// `[bus]`: how the nodes of a cluster tell each other what is new.
+    pub struct Bus {
+        /// `"redis"` is fast, and falls back on MongoDB while Redis is away; `"mongodb"` needs
+        /// nothing else; `"none"` is for a node alone. Unset, it is mongodb if the store is.
+        pub kind: Option<BusKind> = None,
+        /// Only redis: where Redis is, by `redis://`, `rediss://` (TLS), `redis+sentinel://` or
+        /// `rediss+sentinel://`. The password in it is never shown.
+        pub url: Option<RedisUrl> = None,
+        /// Only redis: a file that holds the URL, instead of `bus.url`.
+        pub url_file: Option<PathBuf> = None,
+    }
+}
+
+impl Bus {
+    /// The URL of Redis, wherever it is; `None` if the bus is another one.
+    ///
+    /// # Errors
+    /// When what is in the file is none.
+    pub fn redis_url(&self) -> Result<Option<RedisUrl>, ConfigError> {
+        match (&self.url, &self.url_file) {
+            (Some(url), _) => Ok(Some(url.clone())),
+            (None, Some(path)) => uri::read_redis(path)
+                .map(Some)
+                .map_err(|what| Problem::without_place(format!("bus.url_file: {what}")).into()),
+            (None, None) => Ok(None),
+        }
+    }
+}
+
+choices! {
+    pub enum BusKind {
+        None = "none",
+        MongoDb = "mongodb",
+        Redis = "redis",
+    }
+}
+
+/// Unset by default, and no word for it.
+impl Setting for Option<BusKind> {
+    fn parse(value: &Value) -> Result<Self, Unfit> {
+        BusKind::parse(value).map(Some)
+    }
+
+    fn show(&self) -> Option<String> {
+        self.as_ref().and_then(BusKind::show)
     }
 }
 
@@ -121,6 +210,11 @@ section! {
 }
 
 impl Auth {
+    /// Whether nothing says who may connect.
+    fn is_undecided(&self) -> bool {
+        self.anonymous.is_none() && self.users_file.is_none()
+    }
+
     /// Whether a client that names no user is let in.
     pub fn allows_anonymous(&self) -> bool {
         self.anonymous.unwrap_or_else(|| self.users_file.is_none())
@@ -214,6 +308,19 @@ choices! {
 }
 
 section! {
+    /// `[http]`: health checks and the API, of `midge serve`.
+    pub struct Http {
+        /// Whether there is any.
+        pub enabled: bool = true,
+        /// An address and a port. On one that other machines can reach, the API needs tokens;
+        /// health checks need none.
+        pub bind: SocketAddr = (Ipv4Addr::LOCALHOST, 9883).into(),
+        /// Who may use the API: a file that `midge token` writes. Unset, whoever is on this machine.
+        pub tokens_file: Option<PathBuf> = None,
+    }
+}
+
+section! {
     /// `[log]`
     pub struct Log {
         /// A level (`error`, `warn`, `info`, `debug`, `trace`), or one per part of the program,
@@ -237,6 +344,42 @@ section! {
     pub struct Sys {
         /// How often they are published; `"off"` or 0 for never.
         pub interval: Interval = Interval::every(Duration::from_secs(10)),
+    }
+}
+
+section! {
+    /// `[reload]`: files that are read again without a restart.
+    pub struct Reload {
+        /// How often midge looks whether the configuration file, the users file or a certificate
+        /// has other content than before; `"off"` or 0 leaves it to SIGHUP.
+        pub interval: Interval = Interval::every(Duration::from_secs(10)),
+    }
+}
+
+section! {
+    /// `[drain]`: what SIGTERM does to the clients of a node.
+    pub struct Drain {
+        /// How long the node accepts clients although it wants to end, so that load balancers
+        /// notice. `"auto"` is 10 s with mongodb, where other nodes stand in, and nothing
+        /// otherwise. Too short, and clients are sent to a node that is gone.
+        pub grace: Grace = Grace::AUTO,
+        /// Clients per second that are told to leave. Too many, and they overrun the other nodes;
+        /// too few, and the deadline cuts them off all together.
+        pub evict_rate: usize = 500,
+        /// How long all of that may take. What starts midge must allow for 15 s more before it
+        /// kills it.
+        pub deadline: Duration = Duration::from_secs(60),
+    }
+}
+
+impl Drain {
+    /// How long clients are still accepted.
+    pub fn grace(&self, store: StoreKind) -> Duration {
+        let automatic = match store {
+            StoreKind::Embedded | StoreKind::Memory => Duration::ZERO,
+            StoreKind::MongoDb => Duration::from_secs(10),
+        };
+        self.grace.get().unwrap_or(automatic)
     }
 }
 

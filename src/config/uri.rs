@@ -1,9 +1,10 @@
-//! Where MongoDB is, and how its password stays a secret.
+//! Where MongoDB and Redis are, and how their passwords stay secrets.
 
 use std::path::Path;
 use std::{fmt, fs};
 
 use super::value::{Setting, Unfit, Value, quote};
+use crate::bus::redis::Location;
 
 /// Where MongoDB is and how to log in there. It is shown without the password.
 #[derive(Clone, PartialEq, Eq)]
@@ -53,12 +54,65 @@ impl Setting for Option<MongoUri> {
     }
 }
 
+/// Where Redis is and how to log in there. It is shown without the password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RedisUrl(String);
+
+impl RedisUrl {
+    /// `None` if Redis cannot be found with it.
+    pub fn new(url: &str) -> Option<Self> {
+        Location::parse(url).map(|_| Self(url.to_owned()))
+    }
+
+    /// With the password.
+    pub fn secret(&self) -> &str {
+        &self.0
+    }
+
+    pub(super) const EXPECTED: &str = "a URL such as \"redis://cache:6379\", \
+        \"rediss://user:password@cache\" or \"redis+sentinel://one,two,three/mymaster\"";
+}
+
+impl fmt::Display for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&without_passwords(&self.0))
+    }
+}
+
+impl fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RedisUrl({self})")
+    }
+}
+
+/// Unset by default, and no word for it.
+impl Setting for Option<RedisUrl> {
+    fn parse(value: &Value) -> Result<Self, Unfit> {
+        let url = value.text().and_then(RedisUrl::new);
+        url.map(Some).ok_or_else(|| Unfit {
+            expected: RedisUrl::EXPECTED.to_owned(),
+        })
+    }
+
+    fn show(&self) -> Option<String> {
+        self.as_ref().map(|url| quote(&url.to_string()))
+    }
+}
+
 /// Reads the URI that a file holds, such as one that an orchestrator mounts for a secret.
-pub(super) fn read(path: &Path) -> Result<MongoUri, String> {
+pub(super) fn read_mongodb(path: &Path) -> Result<MongoUri, String> {
+    read(path, MongoUri::new, MongoUri::EXPECTED)
+}
+
+/// The same for Redis.
+pub(super) fn read_redis(path: &Path) -> Result<RedisUrl, String> {
+    read(path, RedisUrl::new, RedisUrl::EXPECTED)
+}
+
+fn read<T>(path: &Path, parse: fn(&str) -> Option<T>, expected: &str) -> Result<T, String> {
     let text = fs::read_to_string(path)
         .map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
-    MongoUri::new(text.trim())
-        .ok_or_else(|| format!("{} should hold {}", path.display(), MongoUri::EXPECTED))
+    parse(text.trim()).ok_or_else(|| format!("{} should hold {expected}", path.display()))
 }
 
 /// The text with each character of a password in a URI replaced, so that places in it stay what
@@ -141,6 +195,18 @@ mod tests {
         assert_eq!(uri.to_string(), "mongodb://me:****@db1/");
         assert_eq!(format!("{uri:?}"), "MongoUri(mongodb://me:****@db1/)");
         assert_eq!(uri.secret(), "mongodb://me:pass@db1/");
+    }
+
+    #[test]
+    fn a_url_of_redis_is_printed_without_its_password() {
+        let url = RedisUrl::new("redis+sentinel://:pass@one,two/main").unwrap();
+
+        assert_eq!(url.to_string(), "redis+sentinel://:****@one,two/main");
+        assert_eq!(
+            format!("{url:?}"),
+            "RedisUrl(redis+sentinel://:****@one,two/main)"
+        );
+        assert_eq!(url.secret(), "redis+sentinel://:pass@one,two/main");
     }
 
     #[test]

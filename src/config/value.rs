@@ -1,10 +1,12 @@
 //! Values: how each type of setting is written, read and shown.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::network::Network;
 use super::uri::without_passwords;
 
 /// A value as somebody wrote it, before the setting gives it its type.
@@ -291,6 +293,40 @@ impl Setting for Vec<String> {
     }
 }
 
+impl Setting for SocketAddr {
+    fn parse(value: &Value) -> Result<Self, Unfit> {
+        let text = value
+            .text()
+            .map(|text| text.trim().replace("localhost", "127.0.0.1"));
+        text.and_then(|text| text.parse().ok()).ok_or_else(|| {
+            unfit("an address and a port such as \"127.0.0.1:9883\" or \"[::]:9883\"")
+        })
+    }
+
+    fn show(&self) -> Option<String> {
+        Some(quote(&self.to_string()))
+    }
+}
+
+impl Setting for Vec<Network> {
+    fn parse(value: &Value) -> Result<Self, Unfit> {
+        let texts = Vec::<String>::parse(value).unwrap_or_default();
+        let networks: Result<Self, ()> = texts.iter().map(|text| text.parse()).collect();
+        networks
+            .ok()
+            .filter(|networks| !networks.is_empty())
+            .ok_or_else(|| unfit("a list of addresses such as \"127.0.0.1\" and \"10.0.0.0/8\""))
+    }
+
+    fn show(&self) -> Option<String> {
+        let parts: Vec<_> = self
+            .iter()
+            .map(|network| quote(&network.to_string()))
+            .collect();
+        Some(format!("[{}]", parts.join(", ")))
+    }
+}
+
 impl Setting for PathBuf {
     fn parse(value: &Value) -> Result<Self, Unfit> {
         String::parse(value)
@@ -409,6 +445,35 @@ impl Setting for Interval {
     fn show(&self) -> Option<String> {
         self.0
             .map_or_else(|| Some(quote("off")), |interval| interval.show())
+    }
+}
+
+/// A duration that depends on other settings unless it is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grace(Option<Duration>);
+
+impl Grace {
+    pub(super) const AUTO: Self = Self(None);
+
+    /// `None` if it is not given.
+    pub fn get(self) -> Option<Duration> {
+        self.0
+    }
+}
+
+impl Setting for Grace {
+    fn parse(value: &Value) -> Result<Self, Unfit> {
+        match value.text() {
+            Some("auto") => Ok(Self::AUTO),
+            _ => Duration::parse(value)
+                .map(|duration| Self(Some(duration)))
+                .map_err(|_| unfit("a duration such as \"10s\", or \"auto\"")),
+        }
+    }
+
+    fn show(&self) -> Option<String> {
+        self.0
+            .map_or_else(|| Some(quote("auto")), |duration| duration.show())
     }
 }
 

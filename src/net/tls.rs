@@ -4,12 +4,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::{InconsistentKeys, RootCertStore, ServerConfig};
+use tokio_rustls::TlsAcceptor;
 
 /// The files that make a listener a TLS listener, all of them PEM.
 #[derive(Clone, Debug)]
@@ -51,6 +53,32 @@ pub(crate) enum TlsError {
     BadClientCa { file: PathBuf, error: rustls::Error },
     #[error("cannot set up TLS: {0}")]
     Setup(rustls::Error),
+}
+
+/// What a listener shows its clients; connections that are there keep what they were shown.
+#[derive(Debug)]
+pub(crate) struct CurrentTls {
+    alpn: &'static [u8],
+    config: ArcSwap<ServerConfig>,
+}
+
+impl CurrentTls {
+    pub(super) async fn read(files: &TlsFiles, alpn: &'static [u8]) -> Result<Self, TlsError> {
+        let config = ArcSwap::new(server_config(files, alpn).await?);
+        Ok(Self { alpn, config })
+    }
+
+    pub(crate) fn alpn(&self) -> &'static [u8] {
+        self.alpn
+    }
+
+    pub(crate) fn replace(&self, config: Arc<ServerConfig>) {
+        self.config.store(config);
+    }
+
+    pub(super) fn acceptor(&self) -> TlsAcceptor {
+        self.config.load_full().into()
+    }
 }
 
 /// Reads `files` for a listener whose protocol has the ALPN name `alpn`. A client that offers no

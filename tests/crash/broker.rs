@@ -15,6 +15,7 @@ use crate::traffic::Server;
 /// A running broker. It is killed when dropped, and a failed test shows its log.
 pub(crate) struct Broker {
     settings: Vec<(String, String)>,
+    environment: Vec<(String, String)>,
     data: PathBuf,
     _directory: TempDir,
     process: Child,
@@ -37,18 +38,48 @@ impl Broker {
         Self::start_on(&data, directory, settings)
     }
 
+    /// With a configuration file.
+    #[track_caller]
+    pub(crate) fn start_from(config: &Path, settings: &[(&str, &str)]) -> Self {
+        let directory = TempDir::new().unwrap();
+        let data = directory.path().join("data");
+        let config = config.to_str().expect("paths of tests are UTF-8");
+        Self::start_as(&[("MIDGE_CONFIG", config)], &data, directory, settings)
+    }
+
+    #[track_caller]
+    pub(crate) fn start_in(environment: &[(&str, &str)]) -> Self {
+        let directory = TempDir::new().unwrap();
+        let data = directory.path().join("data");
+        Self::start_as(environment, &data, directory, &[])
+    }
+
     /// On the data directory `data`, which lies in `directory`.
     #[track_caller]
     pub(crate) fn start_on(data: &Path, directory: TempDir, settings: &[(&str, &str)]) -> Self {
-        let settings: Vec<_> = settings
-            .iter()
-            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-            .collect();
-        let (process, log) = spawn(data, &settings);
+        Self::start_as(&[], data, directory, settings)
+    }
+
+    #[track_caller]
+    fn start_as(
+        environment: &[(&str, &str)],
+        data: &Path,
+        directory: TempDir,
+        settings: &[(&str, &str)],
+    ) -> Self {
+        let owned = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
+            let pairs = pairs.iter();
+            pairs
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect()
+        };
+        let (settings, environment) = (owned(settings), owned(environment));
+        let (process, log) = spawn(&environment, data, &settings);
         let address = wait_until_ready(&log);
         let first = Server { run: 1, address };
         Self {
             settings,
+            environment,
             data: data.to_owned(),
             _directory: directory,
             process,
@@ -81,7 +112,7 @@ impl Broker {
     /// Starts the broker again, after it has ended, on the same data.
     #[track_caller]
     pub(crate) fn start_again(&mut self) {
-        (self.process, self.log) = spawn(&self.data, &self.settings);
+        (self.process, self.log) = spawn(&self.environment, &self.data, &self.settings);
         let address = wait_until_ready(&self.log);
         self.run += 1;
         let run = self.run;
@@ -122,6 +153,15 @@ impl Broker {
         self.log.so_far()
     }
 
+    #[track_caller]
+    pub(crate) fn wait_for_log<T>(
+        &self,
+        what: &str,
+        find: impl FnMut(&[String]) -> Option<T>,
+    ) -> T {
+        self.log.wait_for(what, find)
+    }
+
     /// Memory that the process has in use.
     pub(crate) fn memory_mib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
@@ -149,6 +189,7 @@ pub(crate) fn command(data: &Path, settings: &[(String, String)]) -> Command {
     let path = data.to_str().expect("paths of tests are UTF-8");
     command.arg("--set").arg(format!("store.path={path}"));
     command.args(["--set", "listeners.tcp.bind=127.0.0.1:0"]);
+    command.args(["--set", "http.bind=127.0.0.1:0"]);
     for (key, value) in settings {
         command.arg("--set").arg(format!("{key}={value}"));
     }
@@ -159,8 +200,13 @@ pub(crate) fn command(data: &Path, settings: &[(String, String)]) -> Command {
     command
 }
 
-fn spawn(data: &Path, settings: &[(String, String)]) -> (Child, Lines) {
-    let mut process = command(data, settings).spawn().unwrap();
+fn spawn(
+    environment: &[(String, String)],
+    data: &Path,
+    settings: &[(String, String)],
+) -> (Child, Lines) {
+    let environment = environment.iter().map(|(name, value)| (name, value));
+    let mut process = command(data, settings).envs(environment).spawn().unwrap();
     let log = Lines::collect(process.stderr.take().expect("stderr is piped"));
     (process, log)
 }

@@ -36,6 +36,7 @@ mod limits;
 mod offline;
 mod online;
 mod reconnecting;
+mod reload;
 mod retained;
 mod shared;
 mod shutdown;
