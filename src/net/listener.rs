@@ -3,19 +3,22 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustls::InvalidMessage;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::task::yield_now;
 use tokio::time;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::tls::{self, TlsError, TlsFiles};
+use super::proxy::{ProxyError, ProxyRules};
+use super::tls::{self, CurrentTls, TlsError, TlsFiles};
 use super::transport::Transport;
 use super::websocket::handshake::{self, HandshakeError, WebSocketRules};
 
@@ -25,6 +28,10 @@ const BACKLOG: i32 = 4096;
 
 /// How long accepting pauses after an error that trying again at once would only repeat.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+
+/// New connections that are taken before those taken get their turn. While a fleet connects,
+/// clients and broker then work at the same time, instead of waiting for each other's batch.
+const ACCEPTED_AT_ONCE: usize = 8;
 
 const ALPN_MQTT: &[u8] = b"mqtt";
 const ALPN_HTTP: &[u8] = b"http/1.1";
@@ -45,6 +52,10 @@ pub(crate) struct ListenerConfig {
     /// stall delay the others; too many, and after an outage all handshakes advance so slowly
     /// that none finishes in time.
     pub(crate) handshakes_max: usize,
+    /// Whether proxies say who their clients are.
+    pub(crate) proxy: Option<ProxyRules>,
+    /// Counts connections that end before their first byte.
+    pub(crate) probes: Arc<AtomicU64>,
 }
 
 /// What a listener speaks below MQTT.
@@ -96,17 +107,20 @@ pub(crate) struct Listener {
     name: Arc<str>,
     socket: TcpListener,
     local_addr: SocketAddr,
-    handshake: Option<Handshake>,
+    handshake: Handshake,
+    proxy: Option<Arc<ProxyRules>>,
     handshake_timeout: Duration,
     handshakes_max: usize,
+    probes: Arc<AtomicU64>,
 }
 
 /// What happens between the TCP connection and MQTT.
 #[derive(Clone)]
 enum Handshake {
-    Tls(TlsAcceptor),
+    None,
+    Tls(Arc<CurrentTls>),
     WebSocket(Arc<WebSocketRules>),
-    WebSocketTls(TlsAcceptor, Arc<WebSocketRules>),
+    WebSocketTls(Arc<CurrentTls>, Arc<WebSocketRules>),
 }
 
 impl Listener {
@@ -121,6 +135,8 @@ impl Listener {
             kind,
             handshake_timeout,
             handshakes_max,
+            proxy,
+            probes,
         } = config;
         let handshake = Handshake::new(kind)
             .await
@@ -147,13 +163,23 @@ impl Listener {
             socket,
             local_addr,
             handshake,
+            proxy: proxy.map(Arc::new),
             handshake_timeout,
             handshakes_max,
+            probes,
         })
     }
 
     pub(crate) fn local_addr(&self) -> SocketAddr {
         self.local_addr
+    }
+
+    /// The certificates, to replace them.
+    pub(crate) fn tls(&self) -> Option<Arc<CurrentTls>> {
+        match &self.handshake {
+            Handshake::Tls(tls) | Handshake::WebSocketTls(tls, _) => Some(Arc::clone(tls)),
+            Handshake::None | Handshake::WebSocket(_) => None,
+        }
     }
 
     /// Calls `accepted` for each connection until `shutdown`, then drops unfinished handshakes.
@@ -163,9 +189,10 @@ impl Listener {
     where
         F: Fn(Accepted) + Send + Sync + 'static,
     {
-        match self.handshake.clone() {
-            None => self.run_plain(&shutdown, accepted).await,
-            Some(handshake) => self.run_handshakes(&shutdown, &handshake, accepted).await,
+        if matches!(self.handshake, Handshake::None) && self.proxy.is_none() {
+            self.run_plain(&shutdown, accepted).await;
+        } else {
+            self.run_handshakes(&shutdown, accepted).await;
         }
     }
 
@@ -173,27 +200,24 @@ impl Listener {
         shutdown
             .run_until_cancelled(async {
                 let mut failure = AcceptFailure::default();
-                // Does not wait while connections are queued: one wake-up takes them all, until
-                // tokio's budget lets other tasks have a turn.
                 loop {
-                    let (stream, peer) = self.accept(&mut failure).await;
-                    accepted(Accepted {
-                        transport: Transport::Tcp(stream),
-                        peer,
-                        listener: Arc::clone(&self.name),
-                        certificate_name: None,
-                    });
+                    for _ in 0..ACCEPTED_AT_ONCE {
+                        let (stream, peer) = self.accept(&mut failure).await;
+                        accepted(Accepted {
+                            transport: Transport::Tcp(stream),
+                            peer,
+                            listener: Arc::clone(&self.name),
+                            certificate_name: None,
+                        });
+                    }
+                    yield_now().await;
                 }
             })
             .await;
     }
 
-    async fn run_handshakes<F>(
-        &self,
-        shutdown: &CancellationToken,
-        handshake: &Handshake,
-        accepted: F,
-    ) where
+    async fn run_handshakes<F>(&self, shutdown: &CancellationToken, accepted: F)
+    where
         F: Fn(Accepted) + Send + Sync + 'static,
     {
         let accepted = Arc::new(accepted);
@@ -203,12 +227,18 @@ impl Listener {
             let mut failure = AcceptFailure::default();
             // The semaphore is never closed.
             while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
-                let (stream, peer) = self.accept(&mut failure).await;
-                let (shutdown, handshake) = (shutdown.clone(), handshake.clone());
+                let (mut stream, mut peer) = self.accept(&mut failure).await;
+                let (shutdown, handshake) = (shutdown.clone(), self.handshake.clone());
+                let (proxy, probes) = (self.proxy.clone(), Arc::clone(&self.probes));
                 let (name, timeout) = (Arc::clone(&self.name), self.handshake_timeout);
                 let accepted = Arc::clone(&accepted);
                 handshakes.spawn(async move {
-                    let established = time::timeout(timeout, handshake.perform(stream));
+                    let established = time::timeout(timeout, async {
+                        if let Some(proxy) = proxy {
+                            peer = canonical(proxy.client(&mut stream, peer).await?);
+                        }
+                        handshake.perform(stream).await
+                    });
                     let outcome = match shutdown.run_until_cancelled(established).await {
                         None => return,
                         Some(Ok(outcome)) => outcome,
@@ -222,6 +252,9 @@ impl Listener {
                             listener: name,
                             certificate_name,
                         }),
+                        Err(HandshakeFailure::Proxy(ProxyError::Probe)) => {
+                            probes.fetch_add(1, Ordering::Relaxed);
+                        }
                         Err(error) => tracing::debug!(
                             event = "handshake_failed",
                             listener = %name,
@@ -266,16 +299,17 @@ impl Listener {
 }
 
 impl Handshake {
-    async fn new(kind: ListenerKind) -> Result<Option<Self>, TlsError> {
+    async fn new(kind: ListenerKind) -> Result<Self, TlsError> {
         Ok(match kind {
-            ListenerKind::Tcp => None,
-            ListenerKind::Tls(files) => Some(Self::Tls(
-                tls::server_config(&files, ALPN_MQTT).await?.into(),
-            )),
-            ListenerKind::WebSocket(rules) => Some(Self::WebSocket(Arc::new(rules))),
+            ListenerKind::Tcp => Self::None,
+            ListenerKind::Tls(files) => {
+                let tls = CurrentTls::read(&files, ALPN_MQTT).await?;
+                Self::Tls(Arc::new(tls))
+            }
+            ListenerKind::WebSocket(rules) => Self::WebSocket(Arc::new(rules)),
             ListenerKind::WebSocketTls(files, rules) => {
-                let acceptor = tls::server_config(&files, ALPN_HTTP).await?.into();
-                Some(Self::WebSocketTls(acceptor, Arc::new(rules)))
+                let tls = CurrentTls::read(&files, ALPN_HTTP).await?;
+                Self::WebSocketTls(Arc::new(tls), Arc::new(rules))
             }
         })
     }
@@ -285,16 +319,17 @@ impl Handshake {
         stream: TcpStream,
     ) -> Result<(Transport, Option<Arc<str>>), HandshakeFailure> {
         match self {
-            Self::Tls(acceptor) => {
-                let (stream, name) = accept_tls(acceptor, stream).await?;
+            Self::None => Ok((Transport::Tcp(stream), None)),
+            Self::Tls(tls) => {
+                let (stream, name) = accept_tls(&tls.acceptor(), stream).await?;
                 Ok((Transport::Tls(Box::new(stream)), name))
             }
             Self::WebSocket(rules) => {
                 let stream = handshake::accept(stream, rules).await?;
                 Ok((Transport::WebSocket(Box::new(stream)), None))
             }
-            Self::WebSocketTls(acceptor, rules) => {
-                let (stream, name) = accept_tls(acceptor, stream).await?;
+            Self::WebSocketTls(tls, rules) => {
+                let (stream, name) = accept_tls(&tls.acceptor(), stream).await?;
                 let stream = handshake::accept(stream, rules).await?;
                 Ok((Transport::WebSocketTls(Box::new(stream)), name))
             }
@@ -319,6 +354,8 @@ async fn accept_tls(
 enum HandshakeFailure {
     #[error("not finished within {0:?}")]
     TimedOut(Duration),
+    #[error("PROXY: {0}")]
+    Proxy(#[from] ProxyError),
     #[error("the client does not speak TLS; this listener does")]
     NotTls,
     #[error("TLS: {0}")]
