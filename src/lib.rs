@@ -10,13 +10,18 @@ pub mod cli;
 mod cluster;
 pub mod config;
 mod copy;
+mod drain;
 pub mod embed;
+mod http;
+mod lifecycle;
 mod metrics;
 pub mod mqtt;
 mod net;
+mod reload;
 pub mod server;
 mod session;
 mod store;
+mod systemd;
 pub mod telemetry;
 
 pub use server::Broker;

@@ -5,33 +5,43 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use tokio::sync::mpsc::Receiver;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::auth::{Authenticator, Authorizer};
+use crate::auth::{Authenticator, Authorizer, CurrentAccess};
 use crate::broker::flush::Flusher;
 use crate::broker::mailbox::{MailboxLimits, Order, QueueFull};
 use crate::broker::{Node, NodeLimits};
+use crate::bus::fallback::FallbackBus;
 use crate::bus::mongodb::{CAPPED_BYTES, MongoBus};
+use crate::bus::redis::{Location, RedisBus};
 use crate::bus::{Bus, BusError};
-use crate::cluster::Cluster;
 use crate::cluster::link::Links;
-use crate::config::{self, Config};
+use crate::cluster::{Announced, Cluster};
+use crate::config::{self, Config, Loaded};
+use crate::drain::DrainPlan;
+use crate::http;
+use crate::http::tokens::{Tokens, TokensError};
+use crate::lifecycle::{Lifecycle, Phase};
 use crate::net::connection::{ConnectionContext, serve};
+use crate::net::proxy::ProxyRules;
 use crate::net::tls::{ClientCa, TlsFiles};
 use crate::net::websocket::handshake::WebSocketRules;
 use crate::net::{ListenError, Listener, ListenerConfig, ListenerKind};
+use crate::reload::{Reload, Reloader};
 use crate::session::connect::ConnectLimits;
 use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
 use crate::store::memory::MemoryStore;
 use crate::store::mongodb::{MongoOptions, MongoStore};
-use crate::store::{LogPosition, Store, StoreError, Stored};
+use crate::store::{Store, StoreError, Stored};
+use crate::systemd;
 
 /// A broker inside this process.
 ///
@@ -41,7 +51,9 @@ pub struct Broker {
     pub(crate) node: Arc<Node>,
     store: Arc<dyn Store>,
     addresses: BTreeMap<String, SocketAddr>,
-    /// Ends the listeners.
+    pub(crate) reload: Arc<Reload>,
+    drain_plan: DrainPlan,
+    /// Ends the listeners, and reading files again.
     stop_listening: CancellationToken,
     /// Listeners and what runs beside them.
     tasks: TaskTracker,
@@ -55,6 +67,8 @@ pub struct Broker {
 #[derive(Debug)]
 pub struct BrokerBuilder {
     config: Config,
+    /// Where the configuration is from, to read it again.
+    loaded: Option<Loaded>,
     authenticator: Option<Arc<dyn Authenticator>>,
     authorizer: Option<Arc<dyn Authorizer>>,
 }
@@ -74,6 +88,8 @@ enum StartErrorKind {
     Bus(#[from] BusError),
     #[error("{0}")]
     Auth(#[from] config::ConfigError),
+    #[error("http.tokens_file: {0}")]
+    Tokens(#[from] TokensError),
     #[error("cannot wait for signals: {0}")]
     Signals(std::io::Error),
     #[error(
@@ -122,12 +138,15 @@ impl BrokerBuilder {
     /// [`StartError`] if any of it is not possible; nothing is left running then.
     pub async fn start(self) -> Result<Broker, StartError> {
         let config = self.config;
-        let auth = crate::auth::from_config(&config.auth)?;
-        let authenticator = self.authenticator.unwrap_or(auth.0);
-        let authorizer = self.authorizer.unwrap_or(auth.1);
+        let access = Arc::new(CurrentAccess::new(crate::auth::from_config(&config.auth)?));
+        let authenticator = self.authenticator.unwrap_or_else(|| access.clone());
+        let authorizer = self.authorizer.unwrap_or_else(|| access.clone());
+        let probes = Arc::new(AtomicU64::new(0));
         let mut listeners = Vec::new();
         for (name, listener) in &config.listeners {
-            listeners.push(Listener::bind(listener_config(name, listener, &config.limits)).await?);
+            listeners.push(
+                Listener::bind(listener_config(name, listener, &config.limits, &probes)).await?,
+            );
         }
         let opened = open_store(&config).await?;
         let stored = match &opened {
@@ -138,7 +157,10 @@ impl BrokerBuilder {
         let store = opened.port();
         let flusher = Arc::new(Flusher::new(store.clone(), number, stored.last_hlc));
         let joining = match opened {
-            OpenedStore::Shared(store) => Some(Joining::new(store, &flusher).await?),
+            OpenedStore::Shared(store) => {
+                let bus = open_bus(&config, &store).await?;
+                Some(Joining::new(store, bus, &flusher).await?)
+            }
             OpenedStore::Own(_) => None,
         };
         let node = Arc::new(Node::new(
@@ -158,10 +180,11 @@ impl BrokerBuilder {
         let context = Arc::new(ConnectionContext {
             node: node.clone(),
             authenticator,
-            limits: connect_limits(&config),
+            limits: ArcSwap::from_pointee(connect_limits(&config)),
             connect_timeout: config.limits.connect_timeout,
-            connections_max: config.limits.connections_max.unwrap_or(usize::MAX),
+            connections_max: config.limits.connections_max.unwrap_or(usize::MAX).into(),
             connections: AtomicUsize::new(0),
+            probes,
         });
         let writer = node.clone();
         let everything_written = CancellationToken::new();
@@ -184,6 +207,18 @@ impl BrokerBuilder {
             tasks.spawn(async move { sys.run_sys(interval).await });
         }
         let stop_listening = CancellationToken::new();
+        let reload = Arc::new(Reload::default());
+        let tls = listeners.iter().zip(config.listeners.keys());
+        let reloader = Reloader::new(
+            reload.clone(),
+            config.clone(),
+            self.loaded.as_ref(),
+            access,
+            tls.filter_map(|(listener, name)| Some((name.clone(), listener.tls()?)))
+                .collect(),
+            context.clone(),
+        );
+        tasks.spawn(reloader.run(stop_listening.clone()));
         let connections = TaskTracker::new();
         let mut addresses = BTreeMap::new();
         for (listener, name) in listeners.into_iter().zip(config.listeners.keys()) {
@@ -201,6 +236,12 @@ impl BrokerBuilder {
             node,
             store,
             addresses,
+            reload,
+            drain_plan: DrainPlan {
+                grace: config.drain.grace(config.store.kind),
+                evict_rate: config.drain.evict_rate,
+                deadline: config.drain.deadline,
+            },
             stop_listening,
             tasks,
             connections,
@@ -217,9 +258,18 @@ impl Broker {
         Self::with_config(Config::default())
     }
 
+    /// With a configuration that is read again when its file changes.
+    pub fn with_loaded(loaded: Loaded) -> BrokerBuilder {
+        BrokerBuilder {
+            loaded: Some(loaded.clone()),
+            ..Self::with_config(loaded.config)
+        }
+    }
+
     pub fn with_config(config: Config) -> BrokerBuilder {
         BrokerBuilder {
             config,
+            loaded: None,
             authenticator: None,
             authorizer: None,
         }
@@ -259,6 +309,14 @@ impl Broker {
         tracing::info!(event = "stopped", node = %self.node.name);
     }
 
+    /// Sends the clients elsewhere, in the time that `[drain]` gives. What is left is
+    /// [`Broker::shutdown`].
+    pub async fn drain(&self) {
+        self.drain_plan
+            .carry_out(&self.node, &self.stop_listening)
+            .await;
+    }
+
     /// Resolves if the store fails; the broker can then only be shut down.
     async fn failure(&self) -> StoreError {
         let mut failed = self.failed.clone();
@@ -271,15 +329,44 @@ impl Broker {
     }
 }
 
-/// Serves until SIGTERM or SIGINT, then ends in good order; a second signal ends at once. A node
+/// Serves until SIGTERM, which drains the node, or SIGINT, then ends in good order; a second signal
+/// ends at once. A node
 /// that the others of its cluster have declared dead starts anew.
 ///
 /// # Errors
 /// [`StartError`] if the broker cannot start, or its store fails while it runs.
-pub async fn run(config: Config) -> Result<(), StartError> {
+pub async fn run(mut loaded: Loaded) -> Result<(), StartError> {
     let mut signals = Signals::new().map_err(StartErrorKind::Signals)?;
-    while run_once(config.clone(), &mut signals).await? == Ended::Fenced {}
+    let lifecycle = Lifecycle::new();
+    // Before anything else: it answers while the store opens.
+    let http = start_http(&loaded.config, &lifecycle).await?;
+    while run_once(loaded.clone(), &mut signals, &lifecycle, http.as_ref()).await? == Ended::Fenced
+    {
+        // If the files are no good now, that has been said.
+        if let Ok(now) = Loaded::new(loaded.sources()) {
+            loaded = now;
+        }
+    }
+    if let Some(http) = http {
+        http.stop().await;
+    }
     Ok(())
+}
+
+async fn start_http(
+    config: &Config,
+    lifecycle: &Lifecycle,
+) -> Result<Option<http::Server>, StartError> {
+    if !config.http.enabled {
+        return Ok(None);
+    }
+    let tokens = match &config.http.tokens_file {
+        Some(path) => Tokens::read(path)?,
+        None => Tokens::default(),
+    };
+    let message_bytes_max = config.limits.packet_bytes_max.get();
+    let server = http::Server::start(&config.http, tokens, lifecycle.clone(), message_bytes_max);
+    Ok(Some(server.await?))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -288,18 +375,50 @@ enum Ended {
     Fenced,
 }
 
-async fn run_once(config: Config, signals: &mut Signals) -> Result<Ended, StartError> {
-    let broker = Broker::with_config(config).start().await?;
-    let failure = tokio::select! {
-        name = signals.next() => {
+async fn run_once(
+    loaded: Loaded,
+    signals: &mut Signals,
+    lifecycle: &Lifecycle,
+    http: Option<&http::Server>,
+) -> Result<Ended, StartError> {
+    lifecycle.enter(Phase::Starting);
+    let broker = Broker::with_loaded(loaded).start().await?;
+    if let Some(http) = http {
+        http.attach(Some(broker.node.clone()));
+    }
+    lifecycle.enter(Phase::Serving);
+    systemd::notify(systemd::READY);
+    let ended = tokio::select! {
+        name = signals.next_to_end(&broker.reload) => Ok(name),
+        error = broker.failure() => Err(error),
+        never = systemd::keep_watchdog_quiet() => match never {},
+    };
+    if !matches!(ended, Err(StoreError::Fenced)) {
+        systemd::notify(systemd::STOPPING);
+    }
+    let reload = broker.reload.clone();
+    let failure = ended.as_ref().err().cloned();
+    let end = async move {
+        if let Ok(name) = ended {
             tracing::info!(event = "signal", signal = name);
-            None
+            if name == SIGTERM {
+                lifecycle.enter(Phase::Draining);
+                tokio::select! {
+                    () = broker.drain() => {}
+                    _ = broker.failure() => {}
+                }
+            }
         }
-        error = broker.failure() => Some(error),
+        lifecycle.enter(Phase::Stopping);
+        if let Some(http) = http {
+            http.attach(None);
+        }
+        broker.shutdown().await;
     };
     tokio::select! {
-        () = broker.shutdown() => {}
-        name = signals.next() => {
+        () = end => {}
+        never = systemd::keep_watchdog_quiet() => match never {},
+        name = signals.next_to_end(&reload) => {
             tracing::warn!(event = "signal", signal = name, "ending at once");
             std::process::exit(1);
         }
@@ -310,6 +429,8 @@ async fn run_once(config: Config, signals: &mut Signals) -> Result<Ended, StartE
         None => Ok(Ended::Stopped),
     }
 }
+
+const SIGTERM: &str = "SIGTERM";
 
 struct Signals {
     terminate: tokio::signal::unix::Signal,
@@ -327,19 +448,15 @@ impl Signals {
         })
     }
 
-    /// The next signal to end.
-    async fn next(&mut self) -> &'static str {
+    /// The next signal to end. SIGHUP has the files read again.
+    async fn next_to_end(&mut self, reload: &Reload) -> &'static str {
         loop {
             tokio::select! {
-                _ = self.terminate.recv() => return "SIGTERM",
+                _ = self.terminate.recv() => return SIGTERM,
                 _ = self.interrupt.recv() => return "SIGINT",
-                // Other brokers read their files again. Ending would be the worst of answers.
                 _ = self.hang_up.recv() => {
-                    tracing::warn!(
-                        event = "signal",
-                        signal = "SIGHUP",
-                        "files are read at the start only: restart midge to read them again",
-                    );
+                    tracing::info!(event = "signal", signal = "SIGHUP");
+                    reload.ask();
                 }
             }
         }
@@ -386,6 +503,18 @@ async fn open_store(config: &Config) -> Result<OpenedStore, StartError> {
     Ok(OpenedStore::Own(own))
 }
 
+/// What carries frames between the nodes that share `store`.
+async fn open_bus(config: &Config, store: &MongoStore) -> Result<Arc<dyn Bus>, StartError> {
+    let node = store.node();
+    let mongodb = Arc::new(MongoBus::open(store.database(), node, CAPPED_BYTES).await?);
+    let url = config.bus.redis_url()?;
+    let Some(location) = url.and_then(|url| Location::parse(url.secret())) else {
+        return Ok(mongodb);
+    };
+    let redis = RedisBus::new(location, &store.cluster().await?, node);
+    Ok(Arc::new(FallbackBus::new(node, redis, mongodb)))
+}
+
 /// The MongoDB that `config` names.
 pub(crate) fn mongo_options(config: &Config) -> Result<MongoOptions, config::ConfigError> {
     Ok(MongoOptions {
@@ -399,16 +528,19 @@ pub(crate) fn mongo_options(config: &Config) -> Result<MongoOptions, config::Con
 /// A node that is about to take part in a cluster.
 struct Joining {
     cluster: Arc<Cluster>,
-    announced: Receiver<LogPosition>,
+    announced: Receiver<Announced>,
     frames: Receiver<Bytes>,
 }
 
 impl Joining {
-    async fn new(store: Arc<MongoStore>, flusher: &Arc<Flusher>) -> Result<Self, StartError> {
-        let bus = MongoBus::open(store.database(), store.node(), CAPPED_BYTES).await?;
+    async fn new(
+        store: Arc<MongoStore>,
+        bus: Arc<dyn Bus>,
+        flusher: &Arc<Flusher>,
+    ) -> Result<Self, StartError> {
         // Before anything is loaded: what changes meanwhile is told.
         let frames = bus.subscribe().await?;
-        let links = Links::new(store.node(), Arc::new(bus), flusher.clone());
+        let links = Links::new(store.node(), bus, flusher.clone());
         let (cluster, announced) = Cluster::new(store, links);
         Ok(Self {
             cluster: Arc::new(cluster),
@@ -441,8 +573,9 @@ impl Joining {
                 .receive_frames(frames, &*handler, stop)
                 .await;
         });
-        let node = node.clone();
+        let (beating, beaten) = (cluster.clone(), node.clone());
         tasks.spawn(async move {
+            let (cluster, node) = (beating, beaten);
             tokio::select! {
                 error = cluster.run(&node, announced) => {
                     tracing::error!(event = "fenced", %error);
@@ -452,6 +585,7 @@ impl Joining {
                 () = node.stopping.cancelled() => {}
             }
         });
+        node.until_greeted(&cluster).await;
         Ok(())
     }
 }
@@ -460,6 +594,7 @@ fn listener_config(
     name: &str,
     listener: &config::Listener,
     limits: &config::Limits,
+    probes: &Arc<AtomicU64>,
 ) -> ListenerConfig {
     let tls = listener.tls.as_ref().map(tls_files);
     let kind = match (&listener.transport, tls) {
@@ -494,10 +629,24 @@ fn listener_config(
         kind,
         handshake_timeout: limits.connect_timeout,
         handshakes_max: HANDSHAKES_MAX,
+        proxy: proxy_rules(listener),
+        probes: probes.clone(),
     }
 }
 
-fn tls_files(tls: &config::Tls) -> TlsFiles {
+fn proxy_rules(listener: &config::Listener) -> Option<ProxyRules> {
+    let is_required = match listener.proxy_protocol {
+        config::ProxyProtocol::Off => return None,
+        config::ProxyProtocol::Optional => false,
+        config::ProxyProtocol::Required => true,
+    };
+    Some(ProxyRules {
+        is_required,
+        trusted: listener.trusted_proxies.clone(),
+    })
+}
+
+pub(crate) fn tls_files(tls: &config::Tls) -> TlsFiles {
     let client_ca = match &tls.client_auth {
         config::ClientAuth::None => None,
         config::ClientAuth::Optional { ca } => Some((ca, false)),
@@ -513,7 +662,7 @@ fn tls_files(tls: &config::Tls) -> TlsFiles {
     }
 }
 
-fn connect_limits(config: &Config) -> ConnectLimits {
+pub(crate) fn connect_limits(config: &Config) -> ConnectLimits {
     let limits = &config.limits;
     ConnectLimits {
         client_id_bytes_max: limits.client_id_bytes_max.get(),

@@ -250,6 +250,8 @@ fn logs_are_json_when_nobody_watches_and_never_mixed_with_output() {
         "--set",
         "listeners.tcp.bind=127.0.0.1:0",
         "--set",
+        "http.bind=127.0.0.1:0",
+        "--set",
         "store.kind=memory",
     ];
     let mut child = command(folder.path(), &arguments).spawn().unwrap();

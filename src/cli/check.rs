@@ -11,6 +11,7 @@ use super::{CliError, ConfigArguments, print};
 use crate::auth::users::UsersFile;
 use crate::config::problem::Problem;
 use crate::config::{ClientAuth, ConfigError, Loaded, Tls};
+use crate::http::tokens::Tokens;
 
 pub(super) fn run(arguments: ConfigArguments) -> Result<(), CliError> {
     let loaded = Loaded::new(&arguments.sources())?;
@@ -29,8 +30,18 @@ pub(super) fn check_files(loaded: &Loaded) -> Result<(), ConfigError> {
     {
         problems.extend(in_file);
     }
+    if let Some(path) = &loaded.config.http.tokens_file
+        && let Err(error) = Tokens::read(path)
+    {
+        problems.push(loaded.blame("http.tokens_file", error.to_string()));
+    }
     if loaded.config.store.uri_file.is_some()
         && let Err(ConfigError(in_file)) = loaded.config.store.mongodb_uri()
+    {
+        problems.extend(in_file);
+    }
+    if loaded.config.bus.url_file.is_some()
+        && let Err(ConfigError(in_file)) = loaded.config.bus.redis_url()
     {
         problems.extend(in_file);
     }

@@ -5,10 +5,12 @@
 
 mod check;
 mod client;
+mod healthcheck;
 mod publish;
 mod serve;
 mod store;
 mod subscribe;
+mod token;
 mod user;
 
 use std::io::{self, Write};
@@ -21,14 +23,16 @@ use crate::auth::edit::EditError;
 use crate::auth::password::HashingFailed;
 use crate::config::{ConfigError, Sources};
 use crate::copy::CopyError;
+use crate::http::tokens::TokensError;
 use crate::server::StartError;
 
 /// An MQTT broker that loses nothing it acknowledged.
 #[derive(Debug, Parser)]
 #[command(name = "midge", version, args_conflicts_with_subcommands = true)]
 #[command(
-    after_help = "Without a command, midge serves on 127.0.0.1:1883. Another port: --set \
-                  listeners.tcp.bind=127.0.0.1:1884. What else can be set: midge check."
+    after_help = "Without a command, midge serves MQTT on 127.0.0.1:1883 and HTTP on \
+                  127.0.0.1:9883. Other ports: --set listeners.tcp.bind=127.0.0.1:1884 --set \
+                  http.bind=127.0.0.1:9884. What else can be set: midge check."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -46,6 +50,11 @@ enum Command {
     /// Add, remove and list the users of a users file
     #[command(subcommand)]
     User(user::Command),
+    /// Add, remove and list the tokens that let programs use the HTTP API
+    #[command(subcommand)]
+    Token(token::Command),
+    /// Ask the midge that runs with this configuration whether it is ready: exit code 0 or 1
+    Healthcheck(healthcheck::Arguments),
     /// Copy the store of a single node into MongoDB
     #[command(subcommand)]
     Store(store::Command),
@@ -93,6 +102,10 @@ enum CliError {
     #[error(transparent)]
     Password(#[from] user::NoPassword),
     #[error(transparent)]
+    Tokens(#[from] TokensError),
+    #[error(transparent)]
+    Unhealthy(#[from] healthcheck::Unhealthy),
+    #[error(transparent)]
     Copy(Box<CopyError>),
     #[error(
         "the copy is not the same in {0} places; no midge will start on it: find out why, and run \
@@ -125,6 +138,8 @@ pub fn main() -> ExitCode {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Check(arguments) => check::run(arguments),
         Command::User(command) => user::run(command),
+        Command::Token(command) => token::run(command),
+        Command::Healthcheck(arguments) => healthcheck::run(arguments),
         Command::Store(command) => store::run(command),
         // The flags of these two, and their exit codes, are those of mosquitto's programs.
         Command::Pub(arguments) => return publish::run(arguments),

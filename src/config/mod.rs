@@ -2,7 +2,7 @@
 //!
 //! Owns the settings, the order of their sources (command line, environment, file, default) and
 //! the errors about them. It opens no socket and no store, and what may change after the start is in
-//! [`Config::take_over`].
+//! `Config::take_over`.
 //!
 //! Start reading at [`Config`]; [`load`] brings the sources together, [`listener`] holds the one
 //! section that can be there many times.

@@ -1,6 +1,6 @@
 //! Sockets: listeners, and the transports that they hand over.
 //!
-//! A [`Listener`] accepts connections and finishes whatever comes before the first MQTT byte (TLS,
+//! A [`Listener`] accepts connections and finishes whatever comes before the first MQTT byte (PROXY, TLS,
 //! the WebSocket upgrade), so that everyone else sees one kind of byte stream, a [`transport::Transport`].
 //! A [`connection`] is where such a stream meets a session and the node; nothing else here knows an
 //! MQTT packet.
@@ -10,6 +10,7 @@
 pub(crate) mod connection;
 pub(crate) mod listener;
 pub(crate) mod packet_io;
+pub(crate) mod proxy;
 pub(crate) mod tls;
 pub(crate) mod transport;
 pub(crate) mod websocket;

@@ -21,7 +21,8 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use super::listener::Accepted;
-use super::tls::{ClientCa, TlsFiles};
+use super::proxy::ProxyRules;
+use super::tls::{self, ClientCa, CurrentTls, TlsFiles};
 use super::transport::Transport;
 use super::websocket::frame::tests::frame;
 use super::websocket::handshake::WebSocketRules;
@@ -35,6 +36,7 @@ const UPGRADE: &str = "GET /mqtt HTTP/1.1\r\nHost: localhost\r\nUpgrade: websock
 /// A listener that runs until it is stopped, and what it accepted.
 struct Running {
     address: SocketAddr,
+    tls: Option<Arc<CurrentTls>>,
     accepted: mpsc::Receiver<Accepted>,
     shutdown: CancellationToken,
     task: JoinHandle<()>,
@@ -42,8 +44,12 @@ struct Running {
 
 impl Running {
     async fn start(kind: ListenerKind) -> Self {
-        let listener = Listener::bind(config(kind)).await.unwrap();
-        let address = listener.local_addr();
+        Self::start_with(config(kind)).await
+    }
+
+    async fn start_with(config: ListenerConfig) -> Self {
+        let listener = Listener::bind(config).await.unwrap();
+        let (address, tls) = (listener.local_addr(), listener.tls());
         let (sender, accepted) = mpsc::channel(16);
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(listener.run(shutdown.clone(), move |accepted| {
@@ -51,6 +57,7 @@ impl Running {
         }));
         Self {
             address,
+            tls,
             accepted,
             shutdown,
             task,
@@ -87,6 +94,8 @@ fn config(kind: ListenerKind) -> ListenerConfig {
         kind,
         handshake_timeout: Duration::from_secs(60),
         handshakes_max: 16,
+        proxy: None,
+        probes: Arc::default(),
     }
 }
 
@@ -275,6 +284,24 @@ async fn tls_client_is_accepted_with_and_without_alpn() {
         assert!(matches!(accepted.transport, Transport::Tls(_)));
         expect_echo(&mut client, &mut accepted.transport).await;
     }
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn replaced_certificate_is_shown_to_new_clients_and_old_ones_stay() {
+    let (old, new) = (Authority::new(), Authority::new());
+    let mut running = Running::start(ListenerKind::Tls(old.server_files())).await;
+    let mut client = running.connect_tls(old.client()).await.unwrap();
+    let mut accepted = running.accept().await;
+
+    let current = running.tls.clone().unwrap();
+    let read = tls::server_config(&new.server_files(), current.alpn()).await;
+    current.replace(read.unwrap());
+
+    expect_echo(&mut client, &mut accepted.transport).await;
+    let mut client = running.connect_tls(new.client()).await.unwrap();
+    expect_echo(&mut client, &mut running.accept().await.transport).await;
+    assert!(running.connect_tls(old.client()).await.is_err());
     running.stop().await;
 }
 
@@ -513,4 +540,124 @@ async fn stalled_handshake_ends_at_its_deadline_and_makes_room() {
 
     shutdown.cancel();
     task.await.unwrap();
+}
+
+fn behind_proxies(kind: ListenerKind, trusted: &str, is_required: bool) -> ListenerConfig {
+    ListenerConfig {
+        proxy: Some(ProxyRules {
+            is_required,
+            trusted: vec![trusted.parse().unwrap()],
+        }),
+        ..config(kind)
+    }
+}
+
+const PROXY_V1: &[u8] = b"PROXY TCP4 203.0.113.7 192.0.2.1 4711 1883\r\n";
+
+/// Version 2, command PROXY, TCP over IPv4, and a TLV of no interest.
+const PROXY_V2: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x10\xcb\0\x71\x07\xc0\0\x02\x01\
+                          \x12\x67\x07\x5b\x04\0\x01x";
+
+#[tokio::test]
+async fn trusted_proxy_names_its_client_and_takes_no_byte_of_it() {
+    for header in [PROXY_V1, PROXY_V2] {
+        let config = behind_proxies(ListenerKind::Tcp, "127.0.0.0/8", true);
+        let mut running = Running::start_with(config).await;
+        let mut client = running.connect().await;
+        // In two parts, as a network may deliver it.
+        client.write_all(&header[..9]).await.unwrap();
+        client.write_all(&header[9..]).await.unwrap();
+
+        let mut accepted = running.accept().await;
+
+        assert_eq!(accepted.peer, "203.0.113.7:4711".parse().unwrap());
+        expect_echo(&mut client, &mut accepted.transport).await;
+        running.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn proxy_header_comes_before_tls() {
+    let authority = Authority::new();
+    let kind = ListenerKind::Tls(authority.server_files());
+    let mut running = Running::start_with(behind_proxies(kind, "127.0.0.1", true)).await;
+    let mut stream = running.connect().await;
+    stream.write_all(PROXY_V2).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let connector = TlsConnector::from(Arc::new(authority.client()));
+    let mut client = connector.connect(name, stream).await.unwrap();
+
+    let mut accepted = running.accept().await;
+
+    assert_eq!(accepted.peer, "203.0.113.7:4711".parse().unwrap());
+    expect_echo(&mut client, &mut accepted.transport).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn local_header_leaves_the_address_of_the_proxy() {
+    let config = behind_proxies(ListenerKind::Tcp, "127.0.0.1", true);
+    let mut running = Running::start_with(config).await;
+    let mut client = running.connect().await;
+    client
+        .write_all(b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0")
+        .await
+        .unwrap();
+
+    let accepted = running.accept().await;
+
+    assert_eq!(accepted.peer, client.local_addr().unwrap());
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn optional_header_may_be_absent() {
+    let config = behind_proxies(ListenerKind::Tcp, "127.0.0.1", false);
+    let mut running = Running::start_with(config).await;
+    let mut client = running.connect().await;
+    client.write_all(b"\x10").await.unwrap();
+
+    let mut accepted = running.accept().await;
+
+    assert_eq!(accepted.peer, client.local_addr().unwrap());
+    assert_eq!(accepted.transport.read_u8().await.unwrap(), 0x10);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn header_is_not_taken_from_others_nor_without_sense() {
+    let endless = [b'P'; 200];
+    let too_long = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\xff\xff";
+    let cases: [(&str, &[u8]); 5] = [
+        ("192.0.2.0/24", PROXY_V1),
+        ("127.0.0.1", b"\x10\x0c"),
+        ("127.0.0.1", b"PROXY TCP4 nonsense\r\n"),
+        ("127.0.0.1", &endless),
+        ("127.0.0.1", too_long),
+    ];
+    for (trusted, sent) in cases {
+        let config = behind_proxies(ListenerKind::Tcp, trusted, true);
+        let running = Running::start_with(config).await;
+        let mut client = running.connect().await;
+        // The broker may be gone before all is sent.
+        let _ = client.write_all(sent).await;
+
+        // Closed or reset.
+        assert!(client.read_u8().await.is_err());
+        running.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn probe_is_counted() {
+    let config = behind_proxies(ListenerKind::Tcp, "127.0.0.1", true);
+    let probes = config.probes.clone();
+    let running = Running::start_with(config).await;
+    let mut probe = running.connect().await;
+
+    probe.shutdown().await.unwrap();
+
+    assert!(probe.read_u8().await.is_err());
+    running.stop().await;
+    assert_eq!(probes.load(std::sync::atomic::Ordering::Relaxed), 1);
 }

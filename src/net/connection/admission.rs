@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use tokio::time::{sleep_until, timeout};
@@ -13,6 +14,7 @@ use super::{CLOSE_TIMEOUT, Connection, ConnectionContext, Greeting, authorize, n
 use crate::auth::{Answer, Credentials, Identity, Request, Verdict};
 use crate::broker::LastTopic;
 use crate::broker::flush::Receipt;
+use crate::broker::inspect::Presence;
 use crate::broker::sessions::{NotOpened, Opened};
 use crate::broker::sys::ClientEvent;
 use crate::metrics::Tally;
@@ -21,13 +23,15 @@ use crate::mqtt::{Packet, ProtocolVersion, ReasonCode};
 use crate::net::listener::Accepted;
 use crate::net::packet_io::{PacketIo, ReadError};
 use crate::session::Session;
-use crate::session::connect::{Refusal, Terms, refuse as refusing_connack};
+use crate::session::connect::{ConnectLimits, Refusal, Terms, refuse as refusing_connack};
 
 /// Ends a connection before there is a session.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConnectError {
     #[error("{0}")]
     Io(#[from] io::Error),
+    #[error("closed before the first byte")]
+    Probe,
     #[error("no CONNECT within the connect timeout")]
     Timeout,
     #[error("{0}")]
@@ -58,12 +62,13 @@ pub(super) async fn open(
         listener,
         certificate_name,
     } = accepted;
-    let mut io = PacketIo::new(transport, context.limits.packet_bytes_max as usize);
+    let limits = context.limits.load_full();
+    let mut io = PacketIo::new(transport, limits.packet_bytes_max as usize);
     let mut tally = Tally::default();
     let admitted = async {
         let frame = read_first_frame(&mut io, context.connect_timeout).await?;
         tally.packets_received += 1;
-        admit(&frame, context, count, peer, certificate_name).await
+        admit(&frame, context, &limits, count, peer, certificate_name).await
     };
     let (terms, identity) = match admitted.await {
         Ok(admitted) => admitted,
@@ -102,6 +107,18 @@ pub(super) async fn open(
     );
     node.publish_event(&terms.client_id, ClientEvent::Connected);
     let now = now();
+    let presence = Arc::new(Presence {
+        peer,
+        listener,
+        user_name: identity.user_name.clone(),
+        version: terms.version,
+        keep_alive: terms.keep_alive,
+        clean_start: terms.clean_start,
+        expiry_interval: terms.expiry_interval,
+        connected_at: now.unix_ms,
+        in_flight: AtomicU16::new(0),
+    });
+    node.clients.introduce(&connected.mailbox, &presence);
     let durable = connected.mailbox.is_durable();
     let mut session = Session::new(&terms, connected.mailbox.session, durable, exchanges, now);
     session.resume();
@@ -117,6 +134,7 @@ pub(super) async fn open(
         io,
         session,
         identity,
+        presence,
         connected,
         consumer,
         pending: VecDeque::new(),
@@ -144,7 +162,14 @@ async fn read_first_frame(
             if let Some(frame) = io.next_frame()? {
                 return Ok(frame.to_vec());
             }
-            io.progress(true).await?;
+            if let Err(error) = io.progress(true).await {
+                let is_end = error.kind() == io::ErrorKind::UnexpectedEof;
+                return Err(if is_end && io.take_bytes_read() == 0 {
+                    ConnectError::Probe
+                } else {
+                    error.into()
+                });
+            }
         }
     };
     timeout(connect_timeout, read)
@@ -155,6 +180,7 @@ async fn read_first_frame(
 async fn admit(
     frame: &[u8],
     context: &ConnectionContext,
+    limits: &ConnectLimits,
     count: usize,
     peer: SocketAddr,
     certificate_name: Option<Arc<str>>,
@@ -177,13 +203,13 @@ async fn admit(
         code,
         version,
     };
-    if count > context.connections_max {
+    if count > context.connections_max.load(Ordering::Relaxed) {
         return Err(refused(
             "too many connections".to_owned(),
             ReasonCode::ServerBusy,
         ));
     }
-    let mut terms = Terms::agree(&connect, &context.limits, assigned_client_id)
+    let mut terms = Terms::agree(&connect, limits, assigned_client_id)
         .map_err(|refusal: Refusal| refused(refusal.to_string(), refusal.reason_code()))?;
     let credentials = Credentials {
         client_id: terms.client_id.clone(),
@@ -238,6 +264,7 @@ pub(super) async fn refuse(mut io: PacketIo, error: &ConnectError) {
         | ConnectError::Unreadable(_, code, version) => (*code, *version),
         ConnectError::Superseded => (ReasonCode::SessionTakenOver, ProtocolVersion::V5),
         ConnectError::Io(_)
+        | ConnectError::Probe
         | ConnectError::Timeout
         | ConnectError::Malformed(_)
         | ConnectError::NotConnect => return,
@@ -255,7 +282,7 @@ pub(super) async fn refuse(mut io: PacketIo, error: &ConnectError) {
 
 fn assigned_client_id() -> Arc<str> {
     let mut random = [0; 12];
-    aws_lc_rs::rand::fill(&mut random).expect("the system has random numbers");
+    getrandom::fill(&mut random).expect("the system has random numbers");
     let hexadecimal: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     format!("midge-{hexadecimal}").into()
 }

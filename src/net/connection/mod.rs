@@ -10,18 +10,22 @@ use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
+use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep, timeout};
 
+use self::admission::ConnectError;
 use super::listener::Accepted;
 use super::packet_io::{PacketIo, ReadError};
 use crate::auth::{Answer, Authenticator, Identity, Request, Verdict};
 use crate::broker::consumer::Consumer;
 use crate::broker::flush::{Flusher, Receipt, unix_ms};
+use crate::broker::inspect::Presence;
 use crate::broker::mailbox::{Mailbox, Order};
 use crate::broker::retained::RetainedWalk;
 use crate::broker::sessions::{Connected, WillFate};
@@ -44,10 +48,12 @@ use crate::store::{Change, MessageId, Retained, StoreError};
 pub(crate) struct ConnectionContext {
     pub(crate) node: Arc<Node>,
     pub(crate) authenticator: Arc<dyn Authenticator>,
-    pub(crate) limits: ConnectLimits,
+    pub(crate) limits: ArcSwap<ConnectLimits>,
     pub(crate) connect_timeout: Duration,
-    pub(crate) connections_max: usize,
+    pub(crate) connections_max: AtomicUsize,
     pub(crate) connections: AtomicUsize,
+    /// Connections that ended before their first byte, as health checks of load balancers do.
+    pub(crate) probes: Arc<AtomicU64>,
 }
 
 /// Why a connection ended.
@@ -72,8 +78,12 @@ pub(crate) enum CloseReason {
     TakenOver,
     #[error("the client's queue is full")]
     QueueFull,
+    #[error("the client's user is not let in any more")]
+    AccessRevoked,
     #[error("the broker is shutting down")]
     Shutdown,
+    #[error("disconnected by the operator")]
+    Kicked(ReasonCode),
     #[error("{0}")]
     Store(#[from] StoreError),
 }
@@ -108,7 +118,11 @@ pub(crate) async fn serve(accepted: Accepted, context: Arc<ConnectionContext>) {
         }
         Err(refused) => {
             let (error, io) = *refused;
-            tracing::debug!(event = "connect_refused", %peer, %listener, reason = %error);
+            if matches!(error, ConnectError::Probe) {
+                context.probes.fetch_add(1, Ordering::Relaxed);
+            } else {
+                tracing::debug!(event = "connect_refused", %peer, %listener, reason = %error);
+            }
             Box::pin(admission::refuse(io, &error)).await;
         }
     }
@@ -129,6 +143,7 @@ struct Connection {
     io: PacketIo,
     session: Session,
     identity: Identity,
+    presence: Arc<Presence>,
     connected: Connected,
     consumer: Consumer,
     /// What is sent once it is durable, oldest first.
@@ -153,18 +168,39 @@ struct Connection {
     context: Arc<ConnectionContext>,
 }
 
+/// Times that a client's input is looked at for its DISCONNECT after another node has taken its session.
+const GOODBYE_READS_MAX: usize = 16;
+
 enum Pending {
     Reply(Reply),
     SubAck {
         packet_id: PacketId,
         reasons: Vec<ReasonCode>,
         walks: Vec<Walk>,
+        /// Resolves when other nodes know of the subscriptions.
+        known: Option<BoxFuture<'static, ()>>,
     },
     UnsubAck {
         packet_id: PacketId,
         reasons: Vec<ReasonCode>,
     },
     Publish(Box<Outgoing>),
+}
+
+impl Pending {
+    /// What it waits for besides its receipt.
+    fn known(&mut self) -> Option<&mut BoxFuture<'static, ()>> {
+        match self {
+            Self::SubAck { known, .. } => known.as_mut(),
+            Self::Reply(_) | Self::UnsubAck { .. } | Self::Publish(_) => None,
+        }
+    }
+
+    fn is_known(&mut self) {
+        if let Self::SubAck { known, .. } = self {
+            *known = None;
+        }
+    }
 }
 
 /// Retained messages that are being sent because of a subscription.
@@ -187,17 +223,50 @@ impl Connection {
     async fn run(&mut self) -> CloseReason {
         match self.exchange().await {
             Ok(never) => match never {},
+            Err(CloseReason::TakenOver) => self.goodbye().unwrap_or(CloseReason::TakenOver),
             Err(reason) => reason,
         }
     }
 
+    /// The DISCONNECT of a client that has come back elsewhere, if it lies here unread. What lies
+    /// before it was not acknowledged.
+    fn goodbye(&mut self) -> Option<CloseReason> {
+        for _ in 0..GOODBYE_READS_MAX {
+            // A stream that has failed may have brought something before.
+            let read = self.io.progress(true).now_or_never();
+            while let Ok(Some(packet)) = self.io.next_packet(self.session.version()) {
+                if matches!(packet, Packet::Disconnect(_)) {
+                    self.session.receive(packet, now()).ok()?;
+                    self.session.take_actions(&mut self.actions);
+                }
+            }
+            for action in self.actions.drain(..) {
+                if let Action::Disconnect {
+                    with_will,
+                    expiry_interval,
+                } = action
+                {
+                    return Some(CloseReason::ClientDisconnected {
+                        with_will,
+                        expiry_interval,
+                    });
+                }
+            }
+            if !matches!(read, Some(Ok(()))) {
+                break;
+            }
+        }
+        None
+    }
+
     async fn exchange(&mut self) -> Result<std::convert::Infallible, CloseReason> {
+        self.check_access()?;
         self.answer_connect().await?;
         self.session.take_actions(&mut self.actions);
         self.perform_actions().await?;
         loop {
             if let Some(order) = self.connected.mailbox.order() {
-                return Err(order.into());
+                self.obey(order)?;
             }
             if self.input_left && self.may_read() {
                 self.receive_packets().await?;
@@ -207,6 +276,8 @@ impl Connection {
             self.deliver_messages().await;
             self.io.write_some().await.map_err(CloseReason::Io)?;
             self.context.node.totals.add(&mut self.tally);
+            let in_flight = self.session.in_flight();
+            self.presence.in_flight.store(in_flight, Ordering::Relaxed);
 
             let may_read = self.may_read();
             if (self.input_left && may_read) || self.may_walk() {
@@ -215,14 +286,11 @@ impl Connection {
             }
             let may_deliver = self.may_deliver();
             let flusher = &self.context.node.flusher;
-            let pending = self
-                .pending
-                .front()
-                .map_or(Receipt::NOTHING, |(receipt, _)| *receipt);
+            let awaits = !self.pending.is_empty();
             let crowded_until = self.crowded.as_ref().map(|(_, until)| *until);
             // Each branch only waits, and may be dropped and tried again without loss.
             tokio::select! {
-                order = ordered(&self.connected.mailbox), if !may_deliver => return Err(order.into()),
+                order = ordered(&self.connected.mailbox), if !may_deliver => self.obey(order)?,
                 result = self.io.progress(may_read) => {
                     result.map_err(CloseReason::from_io)?;
                     self.input_left = true;
@@ -230,7 +298,7 @@ impl Connection {
                 result = std::future::poll_fn(|context| self.consumer.poll_ready(context)), if may_deliver => {
                     result?;
                 }
-                result = durable(flusher, pending, &mut self.awaited_receipt), if pending != Receipt::NOTHING => {
+                result = sendable(flusher, self.pending.front_mut(), &mut self.awaited_receipt), if awaits => {
                     result?;
                 }
                 result = retained_page(&mut self.walks) => result?,
@@ -240,6 +308,28 @@ impl Connection {
                     self.crowded = None;
                 }
             }
+        }
+    }
+
+    fn obey(&mut self, order: Order) -> Result<(), CloseReason> {
+        match order {
+            Order::CheckAccess => {
+                self.connected.mailbox.withdraw_order(order);
+                self.check_access()
+            }
+            Order::TakenOver => Err(CloseReason::TakenOver),
+            Order::QueueFull => Err(CloseReason::QueueFull),
+            Order::Shutdown => Err(CloseReason::Shutdown),
+            Order::Kicked(reason) => Err(CloseReason::Kicked(reason)),
+        }
+    }
+
+    /// Users may have been removed since the client was let in.
+    fn check_access(&self) -> Result<(), CloseReason> {
+        if self.context.node.authorizer.may_stay(&self.identity) {
+            Ok(())
+        } else {
+            Err(CloseReason::AccessRevoked)
         }
     }
 
@@ -519,7 +609,8 @@ impl Connection {
 
     /// Sends what has become durable.
     fn send_durable(&mut self) {
-        while let Some((receipt, _)) = self.pending.front()
+        while let Some((receipt, pending)) = self.pending.front_mut()
+            && pending.known().is_none()
             && self.context.node.flusher.is_durable(*receipt)
             && !self.connected.mailbox.is_lost()
         {
@@ -532,6 +623,7 @@ impl Connection {
                     packet_id,
                     reasons,
                     walks,
+                    known: _,
                 } => {
                     let properties = Properties::default();
                     self.send(&Packet::SubAck(SubscribeAcknowledgement {
@@ -624,6 +716,7 @@ impl Connection {
     async fn subscribe(&mut self, request: SubscribeRequest) {
         let mut reasons = Vec::with_capacity(request.filters.len());
         let mut walks = Vec::new();
+        let mut known = None;
         for (filter, options) in request.filters {
             let limits = &self.context.node.limits;
             let subscriptions = &self.connected.subscriptions;
@@ -667,6 +760,8 @@ impl Connection {
             let subscribed =
                 node.subscribe(&mut self.connected, &filter, options, request.identifier);
             self.last_receipt = self.last_receipt.max(subscribed.receipt);
+            // Whoever knows of the last one knows of all.
+            known = subscribed.known.or(known);
             walks.extend(subscribed.retained.map(|walk| Walk {
                 walk,
                 options,
@@ -687,6 +782,7 @@ impl Connection {
             packet_id: request.packet_id,
             reasons,
             walks,
+            known,
         };
         self.pending.push_back((self.last_receipt, pending));
     }
@@ -838,18 +934,10 @@ impl CloseReason {
             Self::KeepAliveTimeout => Some(ReasonCode::KeepAliveTimeout),
             Self::TakenOver => Some(ReasonCode::SessionTakenOver),
             Self::QueueFull => Some(ReasonCode::QuotaExceeded),
+            Self::AccessRevoked => Some(ReasonCode::NotAuthorized),
             Self::Shutdown => Some(ReasonCode::ServerShuttingDown),
+            Self::Kicked(reason) => Some(*reason),
             Self::Store(_) => Some(ReasonCode::ServerUnavailable),
-        }
-    }
-}
-
-impl From<Order> for CloseReason {
-    fn from(order: Order) -> Self {
-        match order {
-            Order::TakenOver => Self::TakenOver,
-            Order::QueueFull => Self::QueueFull,
-            Order::Shutdown => Self::Shutdown,
         }
     }
 }
@@ -861,7 +949,7 @@ async fn authorize(node: &Node, identity: &Identity, request: Request<'_>) -> Ve
     }
 }
 
-/// Ready when the connection is told to end.
+/// Ready when the connection is told something.
 async fn ordered(mailbox: &Mailbox) -> Order {
     std::future::poll_fn(|context| match mailbox.order() {
         Some(order) => Poll::Ready(order),
@@ -872,6 +960,23 @@ async fn ordered(mailbox: &Mailbox) -> Order {
         }
     })
     .await
+}
+
+/// Ready once what is to be sent next may be.
+async fn sendable(
+    flusher: &Flusher,
+    next: Option<&mut (Receipt, Pending)>,
+    awaited: &mut Receipt,
+) -> Result<(), StoreError> {
+    let Some((receipt, pending)) = next else {
+        return Ok(());
+    };
+    durable(flusher, *receipt, awaited).await?;
+    if let Some(known) = pending.known() {
+        known.await;
+        pending.is_known();
+    }
+    Ok(())
 }
 
 /// Ready once `receipt` is durable. The flusher is asked once for each receipt, however often this

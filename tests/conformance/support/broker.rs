@@ -111,6 +111,7 @@ impl Process {
         let path = data.path().display().to_string();
         let fixed = [
             ("listeners.tcp.bind", "127.0.0.1:0"),
+            ("http.bind", "127.0.0.1:0"),
             ("store.path", path.as_str()),
             ("log.format", "json"),
         ];

@@ -68,7 +68,9 @@ impl Broker {
 
     pub(crate) fn configure() -> Setup {
         let settings = Vec::new();
-        Setup { settings }.set("listeners.tcp.bind", "127.0.0.1:0")
+        Setup { settings }
+            .set("listeners.tcp.bind", "127.0.0.1:0")
+            .set("http.bind", "127.0.0.1:0")
     }
 
     #[track_caller]
