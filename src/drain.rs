@@ -1,11 +1,9 @@
-//! The end of a node that others can stand in for: clients leave one after the other, so that their
+//! A node that others can stand in for is emptied: clients leave one after the other, so that their
 //! new nodes are not overrun.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
-use tokio_util::sync::CancellationToken;
 
 use crate::broker::Node;
 use crate::broker::mailbox::Order;
@@ -25,8 +23,9 @@ pub(crate) struct DrainPlan {
 const TURNS_PER_SECOND: usize = 10;
 
 impl DrainPlan {
-    /// Returns when every client has been told to leave, or the deadline has passed.
-    pub(crate) async fn carry_out(self, node: &Arc<Node>, stop_listening: &CancellationToken) {
+    /// Returns when every client has been given `order`, at the latest when the deadline has passed.
+    /// After the grace, `close` has to see to it that nobody is let in any more.
+    pub(crate) async fn carry_out(self, node: &Node, order: Order, close: impl FnOnce()) {
         let (connected, _) = node.clients.count();
         tracing::info!(
             event = "draining",
@@ -35,10 +34,13 @@ impl DrainPlan {
             evict_rate = self.evict_rate,
             deadline = ?self.deadline,
         );
+        let mut close = Some(close);
         let work = async {
             sleep(self.grace).await;
-            stop_listening.cancel();
-            self.evict(node).await;
+            if let Some(close) = close.take() {
+                close();
+            }
+            self.evict(node, order).await;
         };
         if timeout(self.deadline, work).await.is_err() {
             let (left, _) = node.clients.count();
@@ -48,9 +50,14 @@ impl DrainPlan {
                 "the remaining clients are told to leave at once",
             );
         }
+        if let Some(close) = close.take() {
+            close();
+        }
+        // Those as well that were being let in just now.
+        node.clients.order_connected(order);
     }
 
-    async fn evict(&self, node: &Node) {
+    async fn evict(&self, node: &Node, order: Order) {
         let mut leaving = node.clients.connected_mailboxes();
         // Who comes back to a queue first: the sooner, the shorter it is.
         leaving.sort_by_key(|mailbox| !mailbox.is_durable());
@@ -58,7 +65,7 @@ impl DrainPlan {
         let mut turns = leaving.chunks(turn).peekable();
         while let Some(mailboxes) = turns.next() {
             for mailbox in mailboxes {
-                mailbox.give(Order::Shutdown);
+                mailbox.give(order);
             }
             if turns.peek().is_some() {
                 sleep(Duration::from_secs_f64(

@@ -17,6 +17,7 @@ mod lifecycle;
 mod metrics;
 pub mod mqtt;
 mod net;
+mod overload;
 mod reload;
 pub mod server;
 mod session;

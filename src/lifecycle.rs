@@ -1,17 +1,27 @@
-//! Where this process stands between its start and its end.
+//! Where this process stands between its start and its end, and what it is asked for meanwhile.
 //!
-//! Owned by [`crate::server`], which is told by signals and by the broker; whoever answers load
-//! balancers only reads it.
+//! Owned by [`crate::server`], which is told by signals, by the broker and by wishes; whoever answers
+//! load balancers only reads it.
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::reload::Reload;
 
 /// One process, from its start to its end. Clones are the same one.
 #[derive(Clone)]
 pub(crate) struct Lifecycle {
-    phase: Arc<Mutex<Phase>>,
+    state: Arc<Mutex<State>>,
+}
+
+struct State {
+    phase: Phase,
+    since: Instant,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,19 +35,59 @@ pub(crate) enum Phase {
     Stopping,
 }
 
+/// What whoever operates a serving process wants of it, besides what signals say. Each is answered
+/// when it has taken effect.
+#[derive(Debug)]
+pub(crate) enum Wish {
+    /// Send the clients elsewhere, and let nobody in any more.
+    Drain(oneshot::Sender<()>),
+    /// Serve on, and let clients in again.
+    Undrain(oneshot::Sender<()>),
+}
+
+/// The way to ask a serving process for something.
+#[derive(Debug)]
+pub(crate) struct Steering {
+    pub(crate) wishes: mpsc::Sender<Wish>,
+    pub(crate) reload: Arc<Reload>,
+}
+
+impl Steering {
+    /// Asks, and waits until it has taken effect; false if the process is ending.
+    pub(crate) async fn wish(&self, wish: impl FnOnce(oneshot::Sender<()>) -> Wish) -> bool {
+        let (done, is_done) = oneshot::channel();
+        self.wishes.send(wish(done)).await.is_ok() && is_done.await.is_ok()
+    }
+}
+
 impl Lifecycle {
     pub(crate) fn new() -> Self {
+        let state = State {
+            phase: Phase::Starting,
+            since: Instant::now(),
+        };
         Self {
-            phase: Arc::new(Mutex::new(Phase::Starting)),
+            state: Arc::new(Mutex::new(state)),
         }
     }
 
     pub(crate) fn enter(&self, phase: Phase) {
-        *self.phase.lock() = phase;
+        let mut state = self.state.lock();
+        if state.phase != phase {
+            *state = State {
+                phase,
+                since: Instant::now(),
+            };
+        }
     }
 
     pub(crate) fn phase(&self) -> Phase {
-        *self.phase.lock()
+        self.state.lock().phase
+    }
+
+    /// For how long it has been in its phase.
+    pub(crate) fn phase_age(&self) -> Duration {
+        self.state.lock().since.elapsed()
     }
 }
 

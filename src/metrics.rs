@@ -17,6 +17,12 @@ pub(crate) struct Totals {
     pub(crate) connections: AtomicU64,
     pub(crate) connected_maximum: AtomicU64,
     pub(crate) sessions_expired: AtomicU64,
+    /// New connections that had to wait for their turn.
+    pub(crate) connections_delayed: AtomicU64,
+    /// New connections that were refused because too many came.
+    pub(crate) connections_over_rate: AtomicU64,
+    /// Times that a client was not read from because it had published too much.
+    pub(crate) publishers_paused: AtomicU64,
 }
 
 /// What one connection has counted and not yet added up.

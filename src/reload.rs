@@ -1,6 +1,6 @@
 //! Files that are read again while the broker runs: the configuration, users, certificates.
 //!
-//! Owns when that happens (SIGHUP, or the content of a file is not what it was) and that it happens
+//! Owns when that happens (SIGHUP, the API, or the content of a file is not what it was) and that it happens
 //! as a whole or not at all: a file that is no good leaves everything as it is. What cannot change
 //! without a restart is named in the log.
 
@@ -10,29 +10,78 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::auth::{self, CurrentAccess};
+use crate::broker::flush::unix_ms;
 use crate::broker::mailbox::Order;
 use crate::config::{ClientAuth, Config, ConfigError, Loaded, Sources};
 use crate::net::connection::ConnectionContext;
 use crate::net::tls::{self, CurrentTls, TlsError};
-use crate::server::{connect_limits, tls_files};
+use crate::server::{connect_limits, rate, tls_files};
 use crate::{systemd, telemetry};
 
-/// The way to ask for it.
+/// The way to ask for it, and what came of it.
 #[derive(Debug, Default)]
 pub(crate) struct Reload {
     asked: Notify,
+    /// Those who wait for what comes of it.
+    waiting: Mutex<Vec<oneshot::Sender<Outcome>>>,
+    last: Mutex<Option<Last>>,
+    /// Files are not read any more.
+    over: CancellationToken,
+}
+
+/// The settings that need a restart, or what is wrong with the new files.
+pub(crate) type Outcome = Result<Vec<String>, String>;
+
+/// The last time that the files were read again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Last {
+    pub(crate) is_successful: bool,
+    /// When it last succeeded, in Unix milliseconds; absent if it never has.
+    pub(crate) succeeded_at: Option<u64>,
 }
 
 impl Reload {
     /// Has the files read again soon, changed or not.
     pub(crate) fn ask(&self) {
         self.asked.notify_one();
+    }
+
+    /// The same, and waits until it is done; `None` if the broker is stopping.
+    pub(crate) async fn ask_and_wait(&self) -> Option<Outcome> {
+        let (done, outcome) = oneshot::channel();
+        self.waiting.lock().push(done);
+        self.ask();
+        self.over.run_until_cancelled(outcome).await?.ok()
+    }
+
+    /// The last time, if there was one.
+    pub(crate) fn last(&self) -> Option<Last> {
+        *self.last.lock()
+    }
+
+    /// Tells `waiting`, who have asked before the files were read.
+    fn note(&self, outcome: &Outcome, waiting: Vec<oneshot::Sender<Outcome>>) {
+        let mut last = self.last.lock();
+        let is_successful = outcome.is_ok();
+        *last = Some(Last {
+            is_successful,
+            succeeded_at: if is_successful {
+                Some(unix_ms())
+            } else {
+                last.and_then(|last| last.succeeded_at)
+            },
+        });
+        for waiting in waiting {
+            // Who has asked may have gone.
+            let _ = waiting.send(outcome.clone());
+        }
     }
 }
 
@@ -52,13 +101,15 @@ const SETTLED_AFTER: Duration = Duration::from_millis(500);
 
 /// Settings that a new value of takes effect without a restart, besides those of [`Config::auth`]
 /// and the certificates. New connections get the limits.
-const RELOADABLE: [&str; 10] = [
+const RELOADABLE: [&str; 12] = [
     "auth.anonymous",
     "auth.users_file",
     "limits.client_id_bytes_max",
+    "limits.connect_rate",
     "limits.connections_max",
     "limits.keep_alive_max",
     "limits.packet_bytes_max",
+    "limits.publish_rate",
     "limits.receive_maximum",
     "limits.topic_alias_maximum",
     "log.level",
@@ -139,6 +190,7 @@ impl Reloader {
             }
         };
         stop.run_until_cancelled(work).await;
+        self.state.over.cancel();
     }
 
     /// The files that settings name, and the one that holds the settings.
@@ -162,9 +214,11 @@ impl Reloader {
     }
 
     async fn reload(&mut self) {
+        let waiting = std::mem::take(&mut *self.state.waiting.lock());
         systemd::notify(systemd::RELOADING);
-        let result = self.try_reload().await;
+        let result = self.try_reload().await.map_err(|error| error.to_string());
         systemd::notify(systemd::READY);
+        self.state.note(&result, waiting);
         match result {
             Ok(need_restart) if need_restart.is_empty() => {
                 tracing::info!(event = "reloaded", "the files were read again");
@@ -223,6 +277,13 @@ impl Reloader {
         self.connections
             .connections_max
             .store(connections_max, Ordering::Relaxed);
+        self.connections
+            .arrivals
+            .set_limit(rate(config.limits.connect_rate));
+        let publish_rate = rate(config.limits.publish_rate).unwrap_or(0);
+        self.connections
+            .publish_rate
+            .store(publish_rate, Ordering::Relaxed);
         if config.log.level != self.config.log.level {
             telemetry::set_level(&config.log.level);
         }

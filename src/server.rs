@@ -5,12 +5,14 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use tokio::sync::mpsc::Receiver;
+use futures_util::FutureExt as _;
+use futures_util::future::{BoxFuture, pending};
+use tokio::sync::mpsc::{self, Receiver};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -29,12 +31,15 @@ use crate::config::{self, Config, Loaded};
 use crate::drain::DrainPlan;
 use crate::http;
 use crate::http::tokens::{Tokens, TokensError};
-use crate::lifecycle::{Lifecycle, Phase};
+use crate::lifecycle::{Lifecycle, Phase, Steering, Wish};
+use crate::mqtt::ReasonCode;
+use crate::net::arrivals::Arrivals;
 use crate::net::connection::{ConnectionContext, serve};
 use crate::net::proxy::ProxyRules;
 use crate::net::tls::{ClientCa, TlsFiles};
 use crate::net::websocket::handshake::WebSocketRules;
 use crate::net::{ListenError, Listener, ListenerConfig, ListenerKind};
+use crate::overload;
 use crate::reload::{Reload, Reloader};
 use crate::session::connect::ConnectLimits;
 use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
@@ -53,6 +58,7 @@ pub struct Broker {
     addresses: BTreeMap<String, SocketAddr>,
     pub(crate) reload: Arc<Reload>,
     drain_plan: DrainPlan,
+    context: Arc<ConnectionContext>,
     /// Ends the listeners, and reading files again.
     stop_listening: CancellationToken,
     /// Listeners and what runs beside them.
@@ -106,6 +112,9 @@ impl<E: Into<StartErrorKind>> From<E> for StartError {
 
 /// How long connections may take to say goodbye.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// In which clients that were sent away find another node.
+const HAND_OVER_TIME: Duration = Duration::from_secs(2);
 
 /// Handshakes of TLS and WebSocket that one listener has going on at a time.
 const HANDSHAKES_MAX: usize = 512;
@@ -183,7 +192,14 @@ impl BrokerBuilder {
             limits: ArcSwap::from_pointee(connect_limits(&config)),
             connect_timeout: config.limits.connect_timeout,
             connections_max: config.limits.connections_max.unwrap_or(usize::MAX).into(),
+            arrivals: Arc::new(Arrivals::new(
+                rate(config.limits.connect_rate),
+                node.overload.clone(),
+                node.totals.clone(),
+            )),
+            publish_rate: AtomicU32::new(rate(config.limits.publish_rate).unwrap_or(0)),
             connections: AtomicUsize::new(0),
+            sends_away: AtomicBool::new(false),
             probes,
         });
         let writer = node.clone();
@@ -206,6 +222,18 @@ impl BrokerBuilder {
             let sys = node.clone();
             tasks.spawn(async move { sys.run_sys(interval).await });
         }
+        let memory_limit = match config.limits.memory_max {
+            config::MemoryLimit::Auto => overload::control_group_limit(),
+            config::MemoryLimit::Bytes(size) => Some(size.get() as u64),
+            config::MemoryLimit::Unlimited => None,
+        };
+        if let Some(limit) = memory_limit {
+            let node = node.clone();
+            tasks.spawn(async move {
+                let watching = node.overload.run(limit);
+                node.stopping.run_until_cancelled(watching).await
+            });
+        }
         let stop_listening = CancellationToken::new();
         let reload = Arc::new(Reload::default());
         let tls = listeners.iter().zip(config.listeners.keys());
@@ -227,9 +255,11 @@ impl BrokerBuilder {
             tracing::info!(event = "listener_started", listener = %name, %address, kind = %kind);
             addresses.insert(name.clone(), address);
             let (context, connections) = (context.clone(), connections.clone());
-            tasks.spawn(listener.run(stop_listening.clone(), move |accepted| {
+            let arrivals = context.arrivals.clone();
+            let accept = move |accepted| {
                 connections.spawn(serve(accepted, context.clone()));
-            }));
+            };
+            tasks.spawn(listener.run(stop_listening.clone(), arrivals, accept));
         }
         tracing::info!(event = "ready", node = %node.name, version = env!("CARGO_PKG_VERSION"));
         Ok(Broker {
@@ -242,6 +272,7 @@ impl BrokerBuilder {
                 evict_rate: config.drain.evict_rate,
                 deadline: config.drain.deadline,
             },
+            context,
             stop_listening,
             tasks,
             connections,
@@ -312,9 +343,45 @@ impl Broker {
     /// Sends the clients elsewhere, in the time that `[drain]` gives. What is left is
     /// [`Broker::shutdown`].
     pub async fn drain(&self) {
+        self.drain_after(Duration::ZERO).await;
+    }
+
+    /// The same, when balancers have had some of the grace already.
+    async fn drain_after(&self, elapsed: Duration) {
+        let plan = DrainPlan {
+            grace: self.drain_plan.grace.saturating_sub(elapsed),
+            ..self.drain_plan
+        };
+        let close = || self.stop_listening.cancel();
+        if self.node.cluster.is_none() {
+            plan.carry_out(&self.node, Order::Shutdown, close).await;
+            return;
+        }
+        let (connected, _) = self.node.clients.count();
+        let order = Order::Leave(ReasonCode::ServerShuttingDown);
+        plan.carry_out(&self.node, order, close).await;
+        // What was in flight to clients only this node can tell: the last of them come for it now.
+        if connected > 0 {
+            tokio::time::sleep(HAND_OVER_TIME).await;
+        }
+    }
+
+    /// Sends the clients elsewhere, those too that come, until [`Broker::undrain`].
+    async fn drain_for_now(&self) {
+        let close = || self.context.sends_away.store(true, Ordering::Relaxed);
         self.drain_plan
-            .carry_out(&self.node, &self.stop_listening)
+            .carry_out(
+                &self.node,
+                Order::Leave(ReasonCode::UseAnotherServer),
+                close,
+            )
             .await;
+        tracing::info!(event = "drained");
+    }
+
+    fn undrain(&self) {
+        self.context.sends_away.store(false, Ordering::Relaxed);
+        tracing::info!(event = "undrained");
     }
 
     /// Resolves if the store fails; the broker can then only be shut down.
@@ -383,13 +450,18 @@ async fn run_once(
 ) -> Result<Ended, StartError> {
     lifecycle.enter(Phase::Starting);
     let broker = Broker::with_loaded(loaded).start().await?;
+    let (wishes, wished) = mpsc::channel(WISHES_MAX);
+    let steering = Arc::new(Steering {
+        wishes,
+        reload: broker.reload.clone(),
+    });
     if let Some(http) = http {
-        http.attach(Some(broker.node.clone()));
+        http.attach(Some((broker.node.clone(), steering.clone())));
     }
     lifecycle.enter(Phase::Serving);
     systemd::notify(systemd::READY);
     let ended = tokio::select! {
-        name = signals.next_to_end(&broker.reload) => Ok(name),
+        name = told_to_end(&broker, signals, wished, lifecycle) => Ok(name),
         error = broker.failure() => Err(error),
         never = systemd::keep_watchdog_quiet() => match never {},
     };
@@ -402,9 +474,13 @@ async fn run_once(
         if let Ok(name) = ended {
             tracing::info!(event = "signal", signal = name);
             if name == SIGTERM {
+                let drained_for = match lifecycle.phase() {
+                    Phase::Draining => lifecycle.phase_age(),
+                    Phase::Starting | Phase::Serving | Phase::Stopping => Duration::ZERO,
+                };
                 lifecycle.enter(Phase::Draining);
                 tokio::select! {
-                    () = broker.drain() => {}
+                    () = broker.drain_after(drained_for) => {}
                     _ = broker.failure() => {}
                 }
             }
@@ -431,6 +507,46 @@ async fn run_once(
 }
 
 const SIGTERM: &str = "SIGTERM";
+
+/// Wishes that wait; whoever has another one waits with it.
+const WISHES_MAX: usize = 8;
+
+/// Does what it is asked for until a signal says to end; returns which one.
+async fn told_to_end(
+    broker: &Broker,
+    signals: &mut Signals,
+    mut wished: Receiver<Wish>,
+    lifecycle: &Lifecycle,
+) -> &'static str {
+    let mut draining: BoxFuture<'_, ()> = pending().boxed();
+    loop {
+        tokio::select! {
+            name = signals.next_to_end(&broker.reload) => return name,
+            () = &mut draining => draining = pending().boxed(),
+            Some(wish) = wished.recv() => {
+                let done = match wish {
+                    Wish::Drain(done) => {
+                        if lifecycle.phase() == Phase::Serving {
+                            lifecycle.enter(Phase::Draining);
+                            draining = broker.drain_for_now().boxed();
+                        }
+                        done
+                    }
+                    Wish::Undrain(done) => {
+                        if lifecycle.phase() == Phase::Draining {
+                            draining = pending().boxed();
+                            broker.undrain();
+                            lifecycle.enter(Phase::Serving);
+                        }
+                        done
+                    }
+                };
+                // Who has asked may have gone.
+                let _ = done.send(());
+            }
+        }
+    }
+}
 
 struct Signals {
     terminate: tokio::signal::unix::Signal,
@@ -616,6 +732,7 @@ fn listener_config(
             let rules = WebSocketRules {
                 path: Some(path.clone()),
                 origins,
+                trusted_proxies: listener.trusted_proxies.clone(),
             };
             match tls {
                 None => ListenerKind::WebSocket(rules),
@@ -680,6 +797,11 @@ pub(crate) fn connect_limits(config: &Config) -> ConnectLimits {
         response_prefix: config.session.response_prefix.as_deref().map(Into::into),
         in_flight_max: config.session.in_flight_max.get(),
     }
+}
+
+/// So many per second.
+pub(crate) fn rate(limit: Option<usize>) -> Option<u32> {
+    limit.map(|limit| u32::try_from(limit).unwrap_or(u32::MAX))
 }
 
 fn node_limits(config: &Config) -> NodeLimits {

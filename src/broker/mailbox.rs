@@ -56,6 +56,8 @@ pub(crate) enum Order {
     TakenOver,
     QueueFull,
     Shutdown,
+    /// To another node: this one is being drained, and goes on for long enough to hand sessions over.
+    Leave(ReasonCode),
     /// By whoever operates the broker.
     Kicked(ReasonCode),
 }

@@ -33,6 +33,7 @@ use crate::auth::Authorizer;
 use crate::cluster::Cluster;
 use crate::metrics::Totals;
 use crate::mqtt::{Message, QoS, SubscriptionFilter};
+use crate::overload::Overload;
 use crate::store::{Change, Retained, SessionId, Store};
 use clients::Clients;
 use consumer::{Consumer, Inbox};
@@ -76,7 +77,8 @@ pub(crate) struct Node {
     groups: Mutex<HashMap<SubscriptionFilter, Arc<Group>>>,
     groups_by_session: Mutex<HashMap<SessionId, Arc<Group>>>,
     deadlines: Deadlines,
-    pub(crate) totals: Totals,
+    pub(crate) totals: Arc<Totals>,
+    pub(crate) overload: Arc<Overload>,
     pub(crate) dropped: Arc<Dropped>,
     /// The dispatchers of share groups.
     tasks: TaskTracker,
@@ -136,7 +138,8 @@ impl Node {
             groups: Mutex::default(),
             groups_by_session: Mutex::default(),
             deadlines: Deadlines::default(),
-            totals: Totals::default(),
+            totals: Arc::default(),
+            overload: Arc::default(),
             dropped: Arc::default(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),

@@ -91,6 +91,8 @@ pub(crate) enum WillFate {
     Discard,
     /// Now, or after its delay.
     Publish,
+    /// After its delay, and a time in which a client that was sent away finds another node.
+    Defer,
     /// The broker is going down, and the Will waits in the store for its next start.
     Keep,
 }
@@ -294,9 +296,16 @@ impl Node {
                         Some(now + seconds(will.delay_interval.min(record.expiry_interval)));
                 }
             }
+            WillFate::Defer => {
+                if let Some(will) = &mut record.will {
+                    let delay = with_grace(will.delay_interval);
+                    let end = Duration::from_secs(record.expiry_interval.into());
+                    will.due_at = Some(now + delay.min(end).as_millis() as u64);
+                }
+            }
             WillFate::Keep => {
                 if let Some(will) = &mut record.will {
-                    let delay = WILL_GRACE.max(Duration::from_secs(will.delay_interval.into()));
+                    let delay = with_grace(will.delay_interval);
                     will.due_at = Some(now + delay.as_millis() as u64);
                 }
             }
@@ -853,7 +862,7 @@ pub(crate) fn end_connection(record: &mut SessionRecord, now: u64) -> bool {
     record.ends_at =
         (record.expiry_interval != u32::MAX).then(|| now + seconds(record.expiry_interval));
     if let Some(will) = &mut record.will {
-        let delay = WILL_GRACE.max(Duration::from_secs(will.delay_interval.into()));
+        let delay = with_grace(will.delay_interval);
         will.due_at = Some(now + delay.as_millis() as u64);
     }
     true
@@ -865,6 +874,11 @@ pub(crate) fn wait_for_will(record: &mut SessionRecord) {
     if let (Some(will), 0) = (&record.will, record.expiry_interval) {
         record.ends_at = will.due_at;
     }
+}
+
+/// The delay of a Will whose client did not leave of its own accord.
+fn with_grace(delay_interval: u32) -> Duration {
+    WILL_GRACE.max(Duration::from_secs(delay_interval.into()))
 }
 
 fn seconds(seconds: u32) -> u64 {

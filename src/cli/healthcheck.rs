@@ -59,7 +59,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CliError> {
 }
 
 /// How this machine reaches what is bound to `bind`.
-fn reachable(bind: SocketAddr) -> SocketAddr {
+pub(super) fn reachable(bind: SocketAddr) -> SocketAddr {
     let ip = match bind.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),

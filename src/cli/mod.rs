@@ -5,6 +5,7 @@
 
 mod check;
 mod client;
+mod ctl;
 mod healthcheck;
 mod publish;
 mod serve;
@@ -53,6 +54,8 @@ enum Command {
     /// Add, remove and list the tokens that let programs use the HTTP API
     #[command(subcommand)]
     Token(token::Command),
+    /// Look at a node that runs, and steer it, over its HTTP API
+    Ctl(ctl::Arguments),
     /// Ask the midge that runs with this configuration whether it is ready: exit code 0 or 1
     Healthcheck(healthcheck::Arguments),
     /// Copy the store of a single node into MongoDB
@@ -106,6 +109,12 @@ enum CliError {
     #[error(transparent)]
     Unhealthy(#[from] healthcheck::Unhealthy),
     #[error(transparent)]
+    Api(#[from] ctl::ApiError),
+    #[error(
+        "the node is not being drained any more: it was told to end, or to let clients in again"
+    )]
+    DrainEnded,
+    #[error(transparent)]
     Copy(Box<CopyError>),
     #[error(
         "the copy is not the same in {0} places; no midge will start on it: find out why, and run \
@@ -139,6 +148,7 @@ pub fn main() -> ExitCode {
         Command::Check(arguments) => check::run(arguments),
         Command::User(command) => user::run(command),
         Command::Token(command) => token::run(command),
+        Command::Ctl(arguments) => ctl::run(arguments),
         Command::Healthcheck(arguments) => healthcheck::run(arguments),
         Command::Store(command) => store::run(command),
         // The flags of these two, and their exit codes, are those of mosquitto's programs.

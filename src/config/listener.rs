@@ -267,7 +267,8 @@ impl ListenerDraft {
                 "is missing: the addresses of the proxies that may say who their clients are",
             ));
         }
-        if proxy_protocol == ProxyProtocol::Off && !trusted_proxies.is_empty() {
+        let is_web = matches!(transport, Transport::WebSocket { .. });
+        if proxy_protocol == ProxyProtocol::Off && !is_web && !trusted_proxies.is_empty() {
             faults.push((
                 "trusted_proxies",
                 "has no effect without proxy_protocol = \"optional\" or \"required\"",

@@ -35,8 +35,8 @@ pub struct Sources {
 /// The variable that names the file.
 const FILE_VARIABLE: &str = "MIDGE_CONFIG";
 const PREFIX: &str = "MIDGE_";
-/// Variables of our own tests, which are no settings.
-const TEST_PREFIX: &str = "MIDGE_TEST_";
+/// Variables of our own tests and of `midge ctl`, which are no settings.
+const OTHER_PREFIXES: [&str; 2] = ["MIDGE_TEST_", "MIDGE_CTL_"];
 /// Separates the parts of a key in a variable; in `--set` and in the file it is a dot.
 const SEPARATOR: &str = "__";
 
@@ -160,7 +160,9 @@ fn untyped<'a>(path: impl Iterator<Item = &'a str>, value: &str, origin: Origin)
 fn is_setting(variable: &str) -> bool {
     variable.starts_with(PREFIX)
         && variable != FILE_VARIABLE
-        && !variable.starts_with(TEST_PREFIX)
+        && !OTHER_PREFIXES
+            .iter()
+            .any(|prefix| variable.starts_with(prefix))
         && !is_service_link(variable)
 }
 

@@ -26,7 +26,7 @@ pub use load::{Loaded, Sources};
 pub use network::Network;
 pub use problem::ConfigError;
 pub use uri::{MongoUri, RedisUrl};
-pub use value::{ByteSize, Grace, Interval};
+pub use value::{ByteSize, Grace, Interval, MemoryLimit};
 
 use problem::Problem;
 use value::{Setting, Unfit, Value, choices, section};
@@ -77,6 +77,8 @@ impl Config {
         let (limits, new_limits) = (&mut self.limits, &new.limits);
         limits.client_id_bytes_max = new_limits.client_id_bytes_max;
         limits.connections_max = new_limits.connections_max;
+        limits.connect_rate = new_limits.connect_rate;
+        limits.publish_rate = new_limits.publish_rate;
         limits.keep_alive_max = new_limits.keep_alive_max;
         limits.packet_bytes_max = new_limits.packet_bytes_max;
         limits.receive_maximum = new_limits.receive_maximum;
@@ -228,9 +230,24 @@ section! {
         /// default: the number of file descriptors is the bound. Too low turns clients away; too
         /// high lets them use up the memory, at a few KiB for an idle one.
         pub connections_max: Option<usize> = None,
+        /// New connections per second, of all listeners together, with as many at once after a pause.
+        /// More than that wait up to 5 s before anything is done for them; who would have to wait
+        /// longer is refused as Connection rate exceeded (before version 5: Server unavailable), or,
+        /// with TLS, disconnected. Too low, and a fleet takes long to come back; too high, and TLS and
+        /// passwords take what connected clients need.
+        pub connect_rate: Option<usize> = None,
         /// From accepting a connection to its CONNECT, TLS and WebSocket handshakes included. Too
         /// short loses clients on slow links; too long keeps silent ones.
         pub connect_timeout: Duration = Duration::from_secs(10),
+        /// Messages per second that one client may publish, with as many at once after a pause; who
+        /// sends more is read from more slowly, and nothing is lost. Too low, and clients that have
+        /// been away are long in sending what they have gathered.
+        pub publish_rate: Option<usize> = None,
+        /// The memory that midge may take. `"auto"` is the limit of its control group, as containers
+        /// and systemd set it, if it has one. From 80 % of it new connections are let in slowly, from
+        /// 90 % publishers are read from slowly, and from 95 % nobody is let in; at the limit itself
+        /// the system would end the process. Linux only.
+        pub memory_max: MemoryLimit = MemoryLimit::Auto,
         /// The largest packet a client may send, at most 268435455 bytes; version 5 clients are
         /// told. Too low refuses messages; too high lets every client claim that much memory.
         pub packet_bytes_max: ByteSize = ByteSize::mebibytes(1),
@@ -317,6 +334,9 @@ section! {
         pub bind: SocketAddr = (Ipv4Addr::LOCALHOST, 9883).into(),
         /// Who may use the API: a file that `midge token` writes. Unset, whoever is on this machine.
         pub tokens_file: Option<PathBuf> = None,
+        /// Addresses, such as `"10.0.0.0/8"`, of proxies whose `X-Forwarded-For` says in the log who
+        /// has used the API.
+        pub trusted_proxies: Option<Vec<Network>> = None,
     }
 }
 

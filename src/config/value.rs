@@ -477,6 +477,37 @@ impl Setting for Grace {
     }
 }
 
+/// How much memory there is to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryLimit {
+    /// As the system says.
+    Auto,
+    Bytes(ByteSize),
+    Unlimited,
+}
+
+impl Setting for MemoryLimit {
+    fn parse(value: &Value) -> Result<Self, Unfit> {
+        match value.text() {
+            Some("auto") => Ok(Self::Auto),
+            Some(UNLIMITED) => Ok(Self::Unlimited),
+            _ => ByteSize::parse(value)
+                .ok()
+                .filter(|size| size.get() > 0)
+                .map(Self::Bytes)
+                .ok_or_else(|| unfit("a size such as \"512 MiB\", \"auto\" or \"unlimited\"")),
+        }
+    }
+
+    fn show(&self) -> Option<String> {
+        match self {
+            Self::Auto => Some(quote("auto")),
+            Self::Bytes(size) => size.show(),
+            Self::Unlimited => Some(quote(UNLIMITED)),
+        }
+    }
+}
+
 /// A number of bytes, written with a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteSize(usize);

@@ -1,6 +1,6 @@
 //! Who may use the API.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::Extension;
@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use super::problem::Problem;
 use super::tokens::Scope;
 use super::{Context, Peer};
+use crate::net::proxy::forwarded_client;
 
 /// Lets through whoever shows a token that is good for the request; without any tokens, whoever is
 /// on this machine.
@@ -25,7 +26,8 @@ pub(super) async fn authorize(
         Ok(who) => {
             if needed_scope(request.method()) == Scope::Write {
                 let (method, path) = (request.method(), request.uri().path());
-                tracing::info!(event = "api_write", token = who, peer = %peer.0, %method, path);
+                let client = client(&context, peer, request.headers());
+                tracing::info!(event = "api_write", token = who, peer = %client, %method, path);
             }
             next.run(request).await
         }
@@ -41,6 +43,17 @@ pub(super) async fn authorize(
             response
         }
     }
+}
+
+/// Who is behind the proxies that the request has come through.
+fn client(context: &Context, peer: Peer, headers: &HeaderMap) -> SocketAddr {
+    let values = headers.get_all("x-forwarded-for").iter();
+    let lists = values.filter_map(|value| value.to_str().ok());
+    let forwarded_for: Vec<_> = lists
+        .flat_map(|list| list.split(','))
+        .map(str::trim)
+        .collect();
+    forwarded_client(&context.trusted_proxies, peer.0, &forwarded_for)
 }
 
 /// Returns the name of the token.

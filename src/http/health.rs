@@ -21,7 +21,7 @@ use crate::lifecycle::Phase;
 pub(super) enum Status {
     Starting,
     Ready,
-    /// Nothing can be stored at the moment.
+    /// Nothing can be stored at the moment, or memory is short.
     Degraded,
     Draining,
     Stopping,
@@ -40,7 +40,7 @@ struct Check {
 #[derive(Debug)]
 pub(super) struct Health {
     pub(super) status: Status,
-    checks: [Check; 3],
+    checks: [Check; 4],
 }
 
 impl Context {
@@ -48,10 +48,14 @@ impl Context {
         let phase = self.lifecycle.phase();
         let node = self.node.load();
         let store = node.as_ref().map(|node| node.store_health());
+        let overload = node.as_ref().map(|node| &node.overload);
+        let overload = overload.filter(|overload| overload.refuses_connections());
+        let is_overloaded = overload.is_some();
         let status = match (phase, &store) {
             (Phase::Starting, _) | (Phase::Serving, None) => Status::Starting,
             (Phase::Stopping, _) => Status::Stopping,
             (Phase::Draining, _) => Status::Draining,
+            (Phase::Serving, Some(_)) if is_overloaded => Status::Degraded,
             (Phase::Serving, Some(StoreHealth::Available)) => Status::Ready,
             (Phase::Serving, Some(StoreHealth::Unavailable { .. })) => Status::Degraded,
         };
@@ -70,12 +74,17 @@ impl Context {
         };
         let drain = matches!(phase, Phase::Draining | Phase::Stopping)
             .then(|| format!("the broker is {}", phase.as_str()));
+        let overload = overload.map(|overload| {
+            let limit = overload.limit_bytes().unwrap_or(0);
+            format!("memory is short: the limit is {limit} bytes")
+        });
         Health {
             status,
             checks: [
                 check("listeners", listeners),
                 check("store", store),
                 check("drain", drain),
+                check("overload", overload),
             ],
         }
     }

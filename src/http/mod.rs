@@ -38,7 +38,8 @@ use tower_http::timeout::TimeoutLayer;
 
 use crate::broker::Node;
 use crate::config;
-use crate::lifecycle::Lifecycle;
+use crate::lifecycle::{Lifecycle, Steering};
+use crate::net::arrivals::Arrivals;
 use crate::net::transport::Transport;
 use crate::net::{ListenError, Listener, ListenerConfig, ListenerKind};
 use problem::Problem;
@@ -79,10 +80,14 @@ pub(crate) struct Context {
     lifecycle: Lifecycle,
     /// Set while there is a node to ask.
     node: ArcSwapOption<Node>,
+    /// Set together with it.
+    steering: ArcSwapOption<Steering>,
     tokens: Tokens,
     /// Whether only this machine can reach the server.
     is_local: bool,
     message_bytes_max: usize,
+    /// Those that say who their clients are.
+    trusted_proxies: Vec<config::Network>,
 }
 
 /// Who sent a request.
@@ -125,9 +130,11 @@ impl Server {
         let context = Arc::new(Context {
             lifecycle,
             node: ArcSwapOption::empty(),
+            steering: ArcSwapOption::empty(),
             tokens,
             is_local,
             message_bytes_max,
+            trusted_proxies: config.trusted_proxies.clone().unwrap_or_default(),
         });
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let router = router(&context);
@@ -137,7 +144,9 @@ impl Server {
             stop: stop.clone(),
             tasks: tasks.clone(),
         };
-        tasks.spawn(listener.run(stop.clone(), move |accepted| {
+        // Health checks are never too many.
+        let arrivals = Arc::new(Arrivals::new(None, Arc::default(), Arc::default()));
+        tasks.spawn(listener.run(stop.clone(), arrivals, move |accepted| {
             if let Transport::Tcp(stream) = accepted.transport {
                 connections.serve(stream, accepted.peer);
             }
@@ -149,9 +158,11 @@ impl Server {
         })
     }
 
-    /// Says which node there is to ask, or that there is none.
-    pub(crate) fn attach(&self, node: Option<Arc<Node>>) {
+    /// Says which node there is to ask, and how to steer it, or that there is none.
+    pub(crate) fn attach(&self, attached: Option<(Arc<Node>, Arc<Steering>)>) {
+        let (node, steering) = attached.unzip();
         self.context.node.store(node);
+        self.context.steering.store(steering);
     }
 
     /// Finishes the requests that have begun.

@@ -17,6 +17,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::arrivals::{Arrival, Arrivals};
 use super::proxy::{ProxyError, ProxyRules};
 use super::tls::{self, CurrentTls, TlsError, TlsFiles};
 use super::transport::Transport;
@@ -100,6 +101,8 @@ pub(crate) struct Accepted {
     pub(crate) listener: Arc<str>,
     /// The Common Name of a verified client certificate.
     pub(crate) certificate_name: Option<Arc<str>>,
+    /// Too many have come: it is to be refused.
+    pub(crate) is_over_rate: bool,
 }
 
 /// A bound socket; connections wait in the kernel until [`Listener::run`].
@@ -185,42 +188,73 @@ impl Listener {
     /// Calls `accepted` for each connection until `shutdown`, then drops unfinished handshakes.
     ///
     /// `accepted` is called on the accepting task or that of the handshake, and must not block.
-    pub(crate) async fn run<F>(self, shutdown: CancellationToken, accepted: F)
-    where
-        F: Fn(Accepted) + Send + Sync + 'static,
-    {
-        if matches!(self.handshake, Handshake::None) && self.proxy.is_none() {
-            self.run_plain(&shutdown, accepted).await;
-        } else {
-            self.run_handshakes(&shutdown, accepted).await;
-        }
-    }
-
-    async fn run_plain(&self, shutdown: &CancellationToken, accepted: impl Fn(Accepted)) {
-        shutdown
-            .run_until_cancelled(async {
-                let mut failure = AcceptFailure::default();
-                loop {
-                    for _ in 0..ACCEPTED_AT_ONCE {
-                        let (stream, peer) = self.accept(&mut failure).await;
-                        accepted(Accepted {
-                            transport: Transport::Tcp(stream),
-                            peer,
-                            listener: Arc::clone(&self.name),
-                            certificate_name: None,
-                        });
-                    }
-                    yield_now().await;
-                }
-            })
-            .await;
-    }
-
-    async fn run_handshakes<F>(&self, shutdown: &CancellationToken, accepted: F)
-    where
+    pub(crate) async fn run<F>(
+        self,
+        shutdown: CancellationToken,
+        arrivals: Arc<Arrivals>,
+        accepted: F,
+    ) where
         F: Fn(Accepted) + Send + Sync + 'static,
     {
         let accepted = Arc::new(accepted);
+        if matches!(self.handshake, Handshake::None) && self.proxy.is_none() {
+            self.run_plain(&shutdown, &arrivals, accepted).await;
+        } else {
+            self.run_handshakes(&shutdown, &arrivals, accepted).await;
+        }
+    }
+
+    async fn run_plain<F>(
+        &self,
+        shutdown: &CancellationToken,
+        arrivals: &Arrivals,
+        accepted: Arc<F>,
+    ) where
+        F: Fn(Accepted) + Send + Sync + 'static,
+    {
+        let waiting = TaskTracker::new();
+        let accept_all = async {
+            let mut failure = AcceptFailure::default();
+            loop {
+                for _ in 0..ACCEPTED_AT_ONCE {
+                    let (stream, peer) = self.accept(&mut failure).await;
+                    let arrival = arrivals.next();
+                    let connection = Accepted {
+                        transport: Transport::Tcp(stream),
+                        peer,
+                        listener: Arc::clone(&self.name),
+                        certificate_name: None,
+                        is_over_rate: arrival == Arrival::TooMany,
+                    };
+                    match arrival {
+                        Arrival::Now | Arrival::TooMany => accepted(connection),
+                        Arrival::After(wait) => {
+                            let (shutdown, accepted) = (shutdown.clone(), Arc::clone(&accepted));
+                            waiting.spawn(async move {
+                                let turn = shutdown.run_until_cancelled(time::sleep(wait));
+                                if turn.await.is_some() {
+                                    accepted(connection);
+                                }
+                            });
+                        }
+                    }
+                }
+                yield_now().await;
+            }
+        };
+        shutdown.run_until_cancelled(accept_all).await;
+        waiting.close();
+        waiting.wait().await;
+    }
+
+    async fn run_handshakes<F>(
+        &self,
+        shutdown: &CancellationToken,
+        arrivals: &Arrivals,
+        accepted: Arc<F>,
+    ) where
+        F: Fn(Accepted) + Send + Sync + 'static,
+    {
         let permits = Arc::new(Semaphore::new(self.handshakes_max));
         let handshakes = TaskTracker::new();
         let accept_all = async {
@@ -228,16 +262,30 @@ impl Listener {
             // The semaphore is never closed.
             while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
                 let (mut stream, mut peer) = self.accept(&mut failure).await;
+                let arrival = arrivals.next();
+                let is_over_rate = arrival == Arrival::TooMany;
+                if is_over_rate && self.handshake.is_costly() {
+                    // It would take a handshake to say so.
+                    continue;
+                }
                 let (shutdown, handshake) = (shutdown.clone(), self.handshake.clone());
                 let (proxy, probes) = (self.proxy.clone(), Arc::clone(&self.probes));
                 let (name, timeout) = (Arc::clone(&self.name), self.handshake_timeout);
                 let accepted = Arc::clone(&accepted);
                 handshakes.spawn(async move {
+                    if let Arrival::After(wait) = arrival
+                        && shutdown
+                            .run_until_cancelled(time::sleep(wait))
+                            .await
+                            .is_none()
+                    {
+                        return;
+                    }
                     let established = time::timeout(timeout, async {
                         if let Some(proxy) = proxy {
                             peer = canonical(proxy.client(&mut stream, peer).await?);
                         }
-                        handshake.perform(stream).await
+                        handshake.perform(stream, &mut peer).await
                     });
                     let outcome = match shutdown.run_until_cancelled(established).await {
                         None => return,
@@ -251,6 +299,7 @@ impl Listener {
                             peer,
                             listener: name,
                             certificate_name,
+                            is_over_rate,
                         }),
                         Err(HandshakeFailure::Proxy(ProxyError::Probe)) => {
                             probes.fetch_add(1, Ordering::Relaxed);
@@ -314,9 +363,18 @@ impl Handshake {
         })
     }
 
+    /// Whether it takes much more of the broker than of the client.
+    fn is_costly(&self) -> bool {
+        match self {
+            Self::Tls(_) | Self::WebSocketTls(..) => true,
+            Self::None | Self::WebSocket(_) => false,
+        }
+    }
+
     async fn perform(
         &self,
         stream: TcpStream,
+        peer: &mut SocketAddr,
     ) -> Result<(Transport, Option<Arc<str>>), HandshakeFailure> {
         match self {
             Self::None => Ok((Transport::Tcp(stream), None)),
@@ -325,12 +383,14 @@ impl Handshake {
                 Ok((Transport::Tls(Box::new(stream)), name))
             }
             Self::WebSocket(rules) => {
-                let stream = handshake::accept(stream, rules).await?;
+                let (stream, client) = handshake::accept(stream, *peer, rules).await?;
+                *peer = client;
                 Ok((Transport::WebSocket(Box::new(stream)), None))
             }
             Self::WebSocketTls(tls, rules) => {
                 let (stream, name) = accept_tls(&tls.acceptor(), stream).await?;
-                let stream = handshake::accept(stream, rules).await?;
+                let (stream, client) = handshake::accept(stream, *peer, rules).await?;
+                *peer = client;
                 Ok((Transport::WebSocketTls(Box::new(stream)), name))
             }
         }

@@ -7,6 +7,7 @@
 //!
 //! Start reading at [`listener`], then [`connection`].
 
+pub(crate) mod arrivals;
 pub(crate) mod connection;
 pub(crate) mod listener;
 pub(crate) mod packet_io;

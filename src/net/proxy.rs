@@ -1,4 +1,5 @@
-//! What a proxy in front says of its client: the PROXY protocol, versions 1 and 2.
+//! What a proxy in front says of its client: with the PROXY protocol, versions 1 and 2, or, if it speaks
+//! HTTP, in `X-Forwarded-For`.
 //!
 //! Only proxies that are known are believed: whoever can name an address can name any.
 
@@ -88,6 +89,35 @@ impl ProxyRules {
             .proxied_address()
             .map_or(peer, |address| address.source))
     }
+}
+
+/// Who has sent an HTTP request that came from `peer`. Each proxy has added, at the end, the address
+/// that it was connected to by: the last one that is no trusted proxy is as far as can be known, and
+/// what is before it anybody may have written.
+pub(crate) fn forwarded_client(
+    trusted: &[Network],
+    peer: SocketAddr,
+    forwarded_for: &[&str],
+) -> SocketAddr {
+    let mut client = peer;
+    for address in forwarded_for.iter().rev() {
+        if !trusted.iter().any(|network| network.contains(client.ip())) {
+            break;
+        }
+        let Some(address) = read_address(address) else {
+            break;
+        };
+        client = address;
+    }
+    client
+}
+
+/// An address as proxies write it: some with a port, which is otherwise not known.
+fn read_address(text: &str) -> Option<SocketAddr> {
+    let bare = text.trim_start_matches('[').trim_end_matches(']');
+    let address = bare.parse().map(|ip: IpAddr| SocketAddr::new(ip, 0));
+    let address = address.or_else(|_| text.parse()).ok()?;
+    Some(SocketAddr::new(address.ip().to_canonical(), address.port()))
 }
 
 async fn read_v1(stream: &mut TcpStream) -> Result<Vec<u8>, ProxyError> {

@@ -20,6 +20,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 
+use super::arrivals::Arrivals;
 use super::listener::Accepted;
 use super::proxy::ProxyRules;
 use super::tls::{self, ClientCa, CurrentTls, TlsFiles};
@@ -52,9 +53,11 @@ impl Running {
         let (address, tls) = (listener.local_addr(), listener.tls());
         let (sender, accepted) = mpsc::channel(16);
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(listener.run(shutdown.clone(), move |accepted| {
-            sender.try_send(accepted).unwrap()
-        }));
+        let task = tokio::spawn(
+            listener.run(shutdown.clone(), unlimited(), move |accepted| {
+                sender.try_send(accepted).unwrap()
+            }),
+        );
         Self {
             address,
             tls,
@@ -85,6 +88,10 @@ impl Running {
         self.task.await.unwrap();
         assert!(self.accepted.recv().await.is_none());
     }
+}
+
+fn unlimited() -> Arc<Arrivals> {
+    Arc::new(Arrivals::new(None, Arc::default(), Arc::default()))
 }
 
 fn config(kind: ListenerKind) -> ListenerConfig {
@@ -531,7 +538,8 @@ async fn stalled_handshake_ends_at_its_deadline_and_makes_room() {
     .unwrap();
     let address = listener.local_addr();
     let shutdown = CancellationToken::new();
-    let task = tokio::spawn(listener.run(shutdown.clone(), |_| panic!("nobody gets in")));
+    let task =
+        tokio::spawn(listener.run(shutdown.clone(), unlimited(), |_| panic!("nobody gets in")));
 
     for _ in 0..3 {
         let mut stalled = TcpStream::connect(address).await.unwrap();

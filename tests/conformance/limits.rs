@@ -1,5 +1,9 @@
 //! What either side limits: packet sizes, topic aliases, queues, names.
 
+use std::time::Duration;
+
+use tokio::time::Instant;
+
 use crate::support::{
     Broker, Connect, Kind, Publish, V3_1_1, V5, Version, both_versions, property, wire,
 };
@@ -13,6 +17,8 @@ both_versions! {
     filter_with_more_levels_than_the_limit_is_refused,
     full_queue_drops_the_oldest_messages,
     full_queue_drops_the_newest_messages,
+    too_many_connections_in_a_second_wait_or_are_refused,
+    fast_publisher_is_read_from_slowly_and_loses_nothing,
 }
 
 #[test]
@@ -269,4 +275,42 @@ fn the_largest_client_id_has_65535_bytes_where_no_limit_is_set_lower() {
 
     client.send(&wire::pingreq());
     client.expect(Kind::PingResp);
+}
+
+fn too_many_connections_in_a_second_wait_or_are_refused(version: Version) {
+    let broker = Broker::start_with(&[("limits.connect_rate", "2")]);
+    // Three go at once and ten wait; what is behind them would have to wait for longer than 5 s.
+    let mut clients: Vec<_> = (0..30).map(|_| broker.open(version)).collect();
+    for (number, client) in clients.iter_mut().enumerate() {
+        client.send(&Connect::new(version, &format!("client-{number}")).bytes());
+    }
+
+    clients[0].expect_connack(0);
+    // 0x9F: Connection rate exceeded.
+    clients[29].expect_refused(3, 0x9F);
+    clients[5].expect_connack(0);
+    // Whoever comes later is welcome.
+    clients[9].expect_connack(0);
+}
+
+fn fast_publisher_is_read_from_slowly_and_loses_nothing(version: Version) {
+    let broker = Broker::start_with(&[("limits.publish_rate", "20")]);
+    let mut subscriber = broker.connect(version, "subscriber");
+    subscriber.subscribe("t", 1);
+    let mut publisher = broker.connect(version, "publisher");
+    let begun = Instant::now();
+
+    for number in 0..50u16 {
+        publisher.publish(&Publish::new("t", &number.to_string()).qos(1, number + 1));
+    }
+    for number in 0..50 {
+        publisher.expect_puback(number + 1, 0);
+    }
+
+    // 21 go at once.
+    let planned = Duration::from_secs(29) / 20;
+    assert!(begun.elapsed() >= planned - Duration::from_millis(100));
+    for number in 0..50 {
+        subscriber.accept_publish("t", &number.to_string());
+    }
 }

@@ -3,7 +3,7 @@ use tempfile::TempDir;
 
 use crate::broker::{Answer, Broker, midge};
 
-fn make_token(folder: &TempDir, name: &str, scope: &str) -> String {
+pub(crate) fn make_token(folder: &TempDir, name: &str, scope: &str) -> String {
     let mut command = midge(folder);
     let arguments = ["token", "add", "--file", "tokens", "--scope", scope, name];
     let output = command.args(arguments).output().unwrap();
@@ -63,6 +63,26 @@ fn a_removed_token_is_not_known_after_the_next_start() {
     let broker = Broker::start_in(folder, &["http.tokens_file=tokens"]);
 
     ask(&broker, "GET", "/api/v1/version", &token).expect_problem(401, "token_unknown");
+}
+
+#[test]
+fn the_log_names_who_is_behind_a_trusted_proxy() {
+    for (trusted, expected) in [("127.0.0.0/8", "203.0.113.7:0"), ("10.0.0.1", "127.0.0.1:")] {
+        let folder = tempfile::tempdir().unwrap();
+        let writer = make_token(&folder, "writer", "write");
+        let proxies = format!("http.trusted_proxies={trusted}");
+        let broker = Broker::start_in(folder, &["http.tokens_file=tokens", &proxies]);
+
+        let headers =
+            format!("Authorization: Bearer {writer}\r\nX-Forwarded-For: 6.6.6.6, 203.0.113.7\r\n");
+        broker
+            .ask("POST", "/api/v1/reload", &headers, "")
+            .expect(200);
+
+        let written = broker.wait_for_event("api_write");
+        let peer = written["peer"].as_str().unwrap();
+        assert!(peer.starts_with(expected), "{written}");
+    }
 }
 
 #[test]

@@ -35,6 +35,19 @@ impl Broker {
     #[track_caller]
     pub(crate) fn start_in(folder: TempDir, settings: &[&str]) -> Self {
         let (process, log) = spawn(&folder, settings);
+        Self::started(folder, process, log)
+    }
+
+    /// With a configuration file.
+    #[track_caller]
+    pub(crate) fn start_from(folder: TempDir, config: &str, settings: &[&str]) -> Self {
+        let mut command = serve(&folder, settings);
+        let (process, log) = watch(command.args(["--config", config]));
+        Self::started(folder, process, log)
+    }
+
+    #[track_caller]
+    fn started(folder: TempDir, process: Child, log: Lines) -> Self {
         log.wait_for("the event `ready`", |lines| event(lines, "ready"));
         let lines = log.so_far();
         let mut http = address(&event(&lines, "http_started").unwrap());
@@ -76,6 +89,11 @@ impl Broker {
     #[track_caller]
     pub(crate) fn get(&self, path: &str) -> Answer {
         self.ask("GET", path, "", "")
+    }
+
+    #[track_caller]
+    pub(crate) fn post(&self, path: &str) -> Answer {
+        self.ask("POST", path, "", "")
     }
 
     #[track_caller]
@@ -170,6 +188,10 @@ impl Answer {
 }
 
 pub(crate) fn spawn(folder: &TempDir, settings: &[&str]) -> (Child, Lines) {
+    watch(&mut serve(folder, settings))
+}
+
+fn serve(folder: &TempDir, settings: &[&str]) -> Command {
     let mut command = midge(folder);
     command.arg("serve");
     let fixed = [
@@ -182,6 +204,11 @@ pub(crate) fn spawn(folder: &TempDir, settings: &[&str]) -> (Child, Lines) {
     for setting in fixed.iter().chain(settings) {
         command.args(["--set", setting]);
     }
+    command
+}
+
+/// Starts it, and reads its log.
+fn watch(command: &mut Command) -> (Child, Lines) {
     command.stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let log = Lines::collect(child.stderr.take().unwrap());

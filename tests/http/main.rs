@@ -14,7 +14,10 @@ mod mqtt;
 
 mod access;
 mod clients;
+mod ctl;
 mod health;
 mod hostile;
 mod messages;
 mod openapi;
+mod operate;
+mod overload;

@@ -16,6 +16,14 @@ impl Client {
     /// Connects with a session that lasts for an hour, and waits for CONNACK.
     #[track_caller]
     pub(crate) fn connect(address: SocketAddr, client_id: &str) -> Self {
+        let (client, reason) = Self::try_connect(address, client_id);
+        assert_eq!(reason, 0);
+        client
+    }
+
+    /// The same, with the Reason Code of CONNACK.
+    #[track_caller]
+    pub(crate) fn try_connect(address: SocketAddr, client_id: &str) -> (Self, u8) {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut client = Self(stream);
@@ -24,8 +32,9 @@ impl Client {
         body.extend([5, 0, 0, 60, 5, 0x11, 0, 0, 0x0E, 0x10]);
         body.extend(text(client_id));
         client.send(0x10, &body);
-        assert_eq!(client.receive().0, 0x20);
-        client
+        let (kind, body) = client.receive();
+        assert_eq!(kind, 0x20);
+        (client, body[1])
     }
 
     /// Subscribes with QoS 1 and waits for SUBACK.

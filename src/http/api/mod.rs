@@ -9,6 +9,7 @@
 
 mod clients;
 mod cluster;
+mod operate;
 mod page;
 mod publish;
 mod retained;
@@ -25,6 +26,7 @@ use utoipa_axum::routes;
 use super::Context;
 use super::problem::Problem;
 use crate::broker::Node;
+use crate::lifecycle::Steering;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -38,6 +40,7 @@ use crate::broker::Node;
     tags(
         (name = "cluster", description = "Nodes"),
         (name = "clients", description = "Sessions, whether their clients are connected or not"),
+        (name = "operation", description = "Draining the node that answers, and reading its files again"),
         (name = "messages", description = "Publishing and retained messages"),
     ),
 )]
@@ -58,6 +61,12 @@ pub(super) fn router() -> (axum::Router<Arc<Context>>, openapi::OpenApi) {
         .routes(routes!(cluster::version))
         .routes(routes!(cluster::cluster))
         .routes(routes!(cluster::nodes))
+        .routes(routes!(
+            operate::show_drain,
+            operate::drain,
+            operate::undrain
+        ))
+        .routes(routes!(operate::show_reload, operate::reload))
         .routes(routes!(clients::list))
         .routes(routes!(clients::show, clients::kick))
         .routes(routes!(subscriptions::list))
@@ -70,11 +79,18 @@ pub(super) fn router() -> (axum::Router<Arc<Context>>, openapi::OpenApi) {
 impl Context {
     /// The node, if there is one to ask.
     fn node(&self) -> Result<Arc<Node>, Problem> {
-        self.node.load_full().ok_or_else(|| {
-            let status = StatusCode::SERVICE_UNAVAILABLE;
-            let detail = format!("the broker is {}", self.lifecycle.phase().as_str());
-            Problem::new(status, "not_serving", detail)
-        })
+        self.node.load_full().ok_or_else(|| self.not_serving())
+    }
+
+    /// The way to steer it.
+    fn steering(&self) -> Result<Arc<Steering>, Problem> {
+        self.steering.load_full().ok_or_else(|| self.not_serving())
+    }
+
+    fn not_serving(&self) -> Problem {
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        let detail = format!("the broker is {}", self.lifecycle.phase().as_str());
+        Problem::new(status, "not_serving", detail)
     }
 }
 

@@ -20,6 +20,7 @@ use crate::broker::sys::ClientEvent;
 use crate::metrics::Tally;
 use crate::mqtt::decode::{connack_version, decode};
 use crate::mqtt::{Packet, ProtocolVersion, ReasonCode};
+use crate::net::arrivals::Pace;
 use crate::net::listener::Accepted;
 use crate::net::packet_io::{PacketIo, ReadError};
 use crate::session::Session;
@@ -61,6 +62,7 @@ pub(super) async fn open(
         peer,
         listener,
         certificate_name,
+        is_over_rate,
     } = accepted;
     let limits = context.limits.load_full();
     let mut io = PacketIo::new(transport, limits.packet_bytes_max as usize);
@@ -68,7 +70,13 @@ pub(super) async fn open(
     let admitted = async {
         let frame = read_first_frame(&mut io, context.connect_timeout).await?;
         tally.packets_received += 1;
-        admit(&frame, context, &limits, count, peer, certificate_name).await
+        let newcomer = Newcomer {
+            peer,
+            certificate_name,
+            is_over_rate,
+            count,
+        };
+        admit(&frame, context, &limits, newcomer).await
     };
     let (terms, identity) = match admitted.await {
         Ok(admitted) => admitted,
@@ -147,6 +155,8 @@ pub(super) async fn open(
         last_topic: LastTopic::default(),
         crowded: None,
         timer,
+        pace: Pace::default(),
+        pause: None,
         tally,
         input_left: true,
         context: context.clone(),
@@ -177,13 +187,38 @@ async fn read_first_frame(
         .unwrap_or(Err(ConnectError::Timeout))
 }
 
+/// Who wants to be let in.
+struct Newcomer {
+    peer: SocketAddr,
+    certificate_name: Option<Arc<str>>,
+    is_over_rate: bool,
+    /// Connections that there are, with this one.
+    count: usize,
+}
+
+impl Newcomer {
+    /// Why it is not even looked at, whoever it is.
+    fn is_turned_away(&self, context: &ConnectionContext) -> Option<(&'static str, ReasonCode)> {
+        if context.sends_away.load(Ordering::Relaxed) {
+            Some(("the node is being drained", ReasonCode::UseAnotherServer))
+        } else if context.node.overload.refuses_connections() {
+            Some(("memory is short", ReasonCode::ServerBusy))
+        } else if self.is_over_rate {
+            let reason = "too many connections in this second";
+            Some((reason, ReasonCode::ConnectionRateExceeded))
+        } else if self.count > context.connections_max.load(Ordering::Relaxed) {
+            Some(("too many connections", ReasonCode::ServerBusy))
+        } else {
+            None
+        }
+    }
+}
+
 async fn admit(
     frame: &[u8],
     context: &ConnectionContext,
     limits: &ConnectLimits,
-    count: usize,
-    peer: SocketAddr,
-    certificate_name: Option<Arc<str>>,
+    newcomer: Newcomer,
 ) -> Result<(Terms, Identity), ConnectError> {
     let connect = match decode(frame, ProtocolVersion::V5) {
         Ok(Packet::Connect(connect)) => connect,
@@ -203,12 +238,14 @@ async fn admit(
         code,
         version,
     };
-    if count > context.connections_max.load(Ordering::Relaxed) {
-        return Err(refused(
-            "too many connections".to_owned(),
-            ReasonCode::ServerBusy,
-        ));
+    if let Some((reason, code)) = newcomer.is_turned_away(context) {
+        return Err(refused(reason.to_owned(), code));
     }
+    let Newcomer {
+        peer,
+        certificate_name,
+        ..
+    } = newcomer;
     let mut terms = Terms::agree(&connect, limits, assigned_client_id)
         .map_err(|refusal: Refusal| refused(refusal.to_string(), refusal.reason_code()))?;
     let credentials = Credentials {

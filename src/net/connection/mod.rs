@@ -8,18 +8,20 @@ mod admission;
 
 use std::collections::VecDeque;
 use std::io;
+use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use tokio::time::{Instant, Sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use self::admission::ConnectError;
+use super::arrivals::{Arrivals, Pace};
 use super::listener::Accepted;
 use super::packet_io::{PacketIo, ReadError};
 use crate::auth::{Answer, Authenticator, Identity, Request, Verdict};
@@ -51,7 +53,12 @@ pub(crate) struct ConnectionContext {
     pub(crate) limits: ArcSwap<ConnectLimits>,
     pub(crate) connect_timeout: Duration,
     pub(crate) connections_max: AtomicUsize,
+    pub(crate) arrivals: Arc<Arrivals>,
+    /// Messages per second of one client; 0 sets no limit.
+    pub(crate) publish_rate: AtomicU32,
     pub(crate) connections: AtomicUsize,
+    /// The node is being drained: whoever comes is sent to another one.
+    pub(crate) sends_away: AtomicBool,
     /// Connections that ended before their first byte, as health checks of load balancers do.
     pub(crate) probes: Arc<AtomicU64>,
 }
@@ -82,6 +89,8 @@ pub(crate) enum CloseReason {
     AccessRevoked,
     #[error("the broker is shutting down")]
     Shutdown,
+    #[error("the node is being drained")]
+    Drained(ReasonCode),
     #[error("disconnected by the operator")]
     Kicked(ReasonCode),
     #[error("{0}")]
@@ -96,6 +105,9 @@ const OUTPUT_MAX: usize = 1024 * 1024;
 
 /// How long a publisher waits for a client that is behind but takes messages.
 const CROWDED_WAIT: Duration = Duration::from_millis(20);
+
+/// After each message of a client while memory is short.
+const OVERLOADED_PAUSE: Duration = Duration::from_millis(100);
 
 /// Retained messages looked up at a time.
 const RETAINED_STEP: usize = 256;
@@ -162,6 +174,10 @@ struct Connection {
     /// A client that this one publishes to and that is behind, and until when to wait for it.
     crowded: Option<(Arc<Mailbox>, Instant)>,
     timer: Option<Pin<Box<Sleep>>>,
+    /// Of what the client publishes.
+    pace: Pace,
+    /// Until then nothing is read of a client that publishes too fast.
+    pause: Option<Pin<Box<Sleep>>>,
     tally: Tally,
     /// Whether packets may have been read and not yet been handled.
     input_left: bool,
@@ -303,6 +319,7 @@ impl Connection {
                 }
                 result = retained_page(&mut self.walks) => result?,
                 () = until(&mut self.timer) => self.check_keep_alive()?,
+                () = until(&mut self.pause), if self.pause.is_some() => self.pause = None,
                 () = std::future::poll_fn(|context| flusher.poll_room(context)), if !flusher.has_room() => {}
                 () = space(&self.crowded, crowded_until), if crowded_until.is_some() => {
                     self.crowded = None;
@@ -320,6 +337,7 @@ impl Connection {
             Order::TakenOver => Err(CloseReason::TakenOver),
             Order::QueueFull => Err(CloseReason::QueueFull),
             Order::Shutdown => Err(CloseReason::Shutdown),
+            Order::Leave(reason) => Err(CloseReason::Drained(reason)),
             Order::Kicked(reason) => Err(CloseReason::Kicked(reason)),
         }
     }
@@ -347,11 +365,12 @@ impl Connection {
     }
 
     /// Whether packets may be taken from the client now: it has to wait for what it published
-    /// before, for the flush, or for a subscriber that is behind.
+    /// before, for the flush, for a subscriber that is behind, or because it publishes too fast.
     fn may_read(&self) -> bool {
         self.io.output_bytes() < OUTPUT_MAX
             && self.pending.len() < usize::from(self.session.receive_maximum())
             && self.crowded.is_none()
+            && self.pause.is_none()
             && self.context.node.flusher.has_room()
     }
 
@@ -457,7 +476,26 @@ impl Connection {
         }
     }
 
+    /// Counts a message, and stops reading if it came too early.
+    fn keep_pace(&mut self) {
+        let context = &self.context;
+        let mut wait = Duration::ZERO;
+        if let Some(limit) = NonZeroU32::new(context.publish_rate.load(Ordering::Relaxed)) {
+            let turn = self.pace.take(Instant::now(), limit, Duration::MAX);
+            wait = turn.unwrap_or_default();
+        }
+        if context.node.overload.paces_publishers() {
+            wait = wait.max(OVERLOADED_PAUSE);
+        }
+        if !wait.is_zero() {
+            let paused = &context.node.totals.publishers_paused;
+            paused.fetch_add(1, Ordering::Relaxed);
+            self.pause = Some(Box::pin(sleep(wait)));
+        }
+    }
+
     async fn publish(&mut self, message: Message, packet_id: Option<PacketId>) {
+        self.keep_pace();
         let qos = message.qos();
         let request = Request::Publish {
             topic: message.topic(),
@@ -884,6 +922,7 @@ impl Connection {
                 }
             }
             CloseReason::Shutdown => WillFate::Keep,
+            CloseReason::Drained(_) => WillFate::Defer,
             _ => WillFate::Publish,
         };
         if let (Some(_), Some(code)) = (self.unanswered.take(), reason.reason_code()) {
@@ -936,7 +975,7 @@ impl CloseReason {
             Self::QueueFull => Some(ReasonCode::QuotaExceeded),
             Self::AccessRevoked => Some(ReasonCode::NotAuthorized),
             Self::Shutdown => Some(ReasonCode::ServerShuttingDown),
-            Self::Kicked(reason) => Some(*reason),
+            Self::Drained(reason) | Self::Kicked(reason) => Some(*reason),
             Self::Store(_) => Some(ReasonCode::ServerUnavailable),
         }
     }

@@ -1,6 +1,7 @@
 //! The HTTP/1.1 request that begins a WebSocket connection, and the answers to it.
 
 use std::io;
+use std::net::SocketAddr;
 
 use aws_lc_rs::digest;
 use base64::Engine;
@@ -8,6 +9,8 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::WebSocket;
+use crate::config::Network;
+use crate::net::proxy::forwarded_client;
 
 /// Longest request: browsers send cookies, but hardly more than this.
 const REQUEST_BYTES_MAX: usize = 8 * 1024;
@@ -29,6 +32,8 @@ pub(crate) struct WebSocketRules {
     /// Origins (`https://example.org`) whose pages may connect; all of them if empty. A client
     /// that sends no Origin is not a browser and is not held to this.
     pub(crate) origins: Vec<String>,
+    /// Proxies that say in `X-Forwarded-For` whose request it is.
+    pub(crate) trusted_proxies: Vec<Network>,
 }
 
 /// Why there is no WebSocket connection.
@@ -104,18 +109,20 @@ struct Upgrade {
     /// `Sec-WebSocket-Accept`, which proves that the request was understood.
     accept: String,
     subprotocol: &'static str,
+    client: SocketAddr,
     /// Where the request ends in the bytes that were read.
     request_bytes: usize,
 }
 
-/// Answers the request of a client. The caller bounds the time.
+/// Answers the request of a client, and says who that is. The caller bounds the time.
 ///
 /// # Errors
 /// After the HTTP error, if that is what the client got.
 pub(crate) async fn accept<S>(
     mut stream: S,
+    peer: SocketAddr,
     rules: &WebSocketRules,
-) -> Result<WebSocket<S>, HandshakeError>
+) -> Result<(WebSocket<S>, SocketAddr), HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -125,14 +132,14 @@ where
         if (&mut stream).take(room).read_buf(&mut received).await? == 0 {
             return Err(HandshakeError::Incomplete);
         }
-        match check_request(&received, rules) {
+        match check_request(&received, peer, rules) {
             Ok(Some(upgrade)) => {
                 let early = received.split_off(upgrade.request_bytes);
                 stream
                     .write_all(switching_protocols(&upgrade).as_bytes())
                     .await?;
                 stream.flush().await?;
-                return Ok(WebSocket::new(stream, early));
+                return Ok((WebSocket::new(stream, early), upgrade.client));
             }
             Ok(None) if received.len() < REQUEST_BYTES_MAX => {}
             Ok(None) => return refuse(stream, Refusal::TooLarge).await,
@@ -167,7 +174,11 @@ fn switching_protocols(upgrade: &Upgrade) -> String {
 }
 
 /// `None` while the request is incomplete.
-fn check_request(received: &[u8], rules: &WebSocketRules) -> Result<Option<Upgrade>, Refusal> {
+fn check_request(
+    received: &[u8],
+    peer: SocketAddr,
+    rules: &WebSocketRules,
+) -> Result<Option<Upgrade>, Refusal> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut request = httparse::Request::new(&mut headers);
     let request_bytes = match request.parse(received) {
@@ -214,9 +225,11 @@ fn check_request(received: &[u8], rules: &WebSocketRules) -> Result<Option<Upgra
         .tokens("Sec-WebSocket-Protocol")
         .find_map(|offered| SUBPROTOCOLS.into_iter().find(|known| *known == offered))
         .ok_or(Refusal::Subprotocol)?;
+    let forwarded_for: Vec<_> = headers.tokens("X-Forwarded-For").collect();
     Ok(Some(Upgrade {
         accept: accept_key(key),
         subprotocol,
+        client: forwarded_client(&rules.trusted_proxies, peer, &forwarded_for),
         request_bytes,
     }))
 }
@@ -272,8 +285,12 @@ mod tests {
         good.replace(from, to)
     }
 
+    fn peer() -> SocketAddr {
+        "10.0.0.1:4711".parse().unwrap()
+    }
+
     fn check(request: &str) -> Result<Option<Upgrade>, Refusal> {
-        check_request(request.as_bytes(), &WebSocketRules::default())
+        check_request(request.as_bytes(), peer(), &WebSocketRules::default())
     }
 
     #[track_caller]
@@ -338,7 +355,58 @@ mod tests {
         };
         for path in ["/iot", "/", "/mqtt", "/mqtt?token=1"] {
             let request = request("/mqtt", path);
-            assert!(check_request(request.as_bytes(), &rules).is_ok(), "{path}");
+            assert!(
+                check_request(request.as_bytes(), peer(), &rules).is_ok(),
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_trusted_proxies_are_believed_about_who_their_client_is() {
+        let rules = |trusted: &[&str]| WebSocketRules {
+            trusted_proxies: trusted.iter().map(|text| text.parse().unwrap()).collect(),
+            ..WebSocketRules::default()
+        };
+        let own = "10.0.0.1:4711";
+        let cases: [(&[&str], &str, &str); 9] = [
+            (&[], "X-Forwarded-For: 203.0.113.7", own),
+            (&["192.0.2.0/24"], "X-Forwarded-For: 203.0.113.7", own),
+            (
+                &["10.0.0.0/8"],
+                "X-Forwarded-For: 203.0.113.7",
+                "203.0.113.7:0",
+            ),
+            (
+                &["10.0.0.0/8"],
+                "X-Forwarded-For: 203.0.113.7:80",
+                "203.0.113.7:80",
+            ),
+            (
+                &["10.0.0.0/8"],
+                "X-Forwarded-For: [2001:db8::7]",
+                "[2001:db8::7]:0",
+            ),
+            // What the client has claimed is before what the proxy knows.
+            (
+                &["10.0.0.0/8"],
+                "X-Forwarded-For: 6.6.6.6, 203.0.113.7",
+                "203.0.113.7:0",
+            ),
+            (
+                &["10.0.0.0/8"],
+                "X-Forwarded-For: 6.6.6.6\r\nX-Forwarded-For: 203.0.113.7, 10.0.0.2",
+                "203.0.113.7:0",
+            ),
+            (&["10.0.0.0/8"], "X-Forwarded-For: unknown", own),
+            (&["10.0.0.0/8"], "X-Other: 203.0.113.7", own),
+        ];
+
+        for (trusted, header, expected) in cases {
+            let request = request("Host: localhost", header);
+            let upgrade = check_request(request.as_bytes(), peer(), &rules(trusted));
+            let client = upgrade.unwrap().unwrap().client;
+            assert_eq!(client, expected.parse().unwrap(), "{header}");
         }
     }
 
@@ -348,7 +416,7 @@ mod tests {
             origins: vec!["https://allowed.org".to_owned()],
             ..WebSocketRules::default()
         };
-        let check = |from, to| check_request(request(from, to).as_bytes(), &rules).err();
+        let check = |from, to| check_request(request(from, to).as_bytes(), peer(), &rules).err();
 
         assert_eq!(check("", ""), Some(Refusal::Origin));
         assert_eq!(check("example.org", "allowed.org"), None);

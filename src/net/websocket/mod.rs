@@ -237,8 +237,17 @@ mod tests {
     use tokio_websockets::{ClientBuilder, Message};
 
     use super::frame::tests::frame;
-    use super::handshake::{HandshakeError, Refusal, WebSocketRules, accept};
+    use super::handshake::{self, HandshakeError, Refusal, WebSocketRules};
     use super::*;
+
+    async fn accept(
+        stream: DuplexStream,
+        rules: &WebSocketRules,
+    ) -> Result<WebSocket<DuplexStream>, HandshakeError> {
+        let peer = ([127, 0, 0, 1], 4711).into();
+        let accepted = handshake::accept(stream, peer, rules).await;
+        accepted.map(|(stream, _)| stream)
+    }
 
     const REQUEST: &str = "GET /mqtt HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n\
                            Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
