@@ -1,6 +1,6 @@
 //! What the HTTP API of one node tells of the others.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
 use serde_json::Value;
@@ -13,21 +13,24 @@ use crate::node::Cluster;
 use crate::wire::{Connect, Version};
 
 /// The status and the body of the answer.
-fn ask(address: SocketAddr, method: &str, path: &str) -> (u16, String) {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+///
+/// # Errors
+/// When nobody answers there.
+pub(crate) fn ask(address: SocketAddr, method: &str, path: &str) -> io::Result<(u16, String)> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
     let request =
         format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).unwrap();
+    stream.write_all(request.as_bytes())?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
+    stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head[9..12].parse().unwrap(), body.to_owned())
+    Ok((head[9..12].parse().unwrap(), body.to_owned()))
 }
 
 async fn wait_for_lbz(address: SocketAddr, status: u16) {
     let end = Instant::now() + DEADLINE;
-    while ask(address, "GET", "/lbz").0 != status {
+    while ask(address, "GET", "/lbz").unwrap().0 != status {
         assert!(Instant::now() < end, "/lbz does not become {status}");
         sleep(POLL_PAUSE).await;
     }
@@ -35,7 +38,7 @@ async fn wait_for_lbz(address: SocketAddr, status: u16) {
 
 #[track_caller]
 fn get(address: SocketAddr, path: &str) -> Value {
-    let (status, body) = ask(address, "GET", path);
+    let (status, body) = ask(address, "GET", path).unwrap();
     assert_eq!(status, 200, "{body}");
     serde_json::from_str(&body).unwrap()
 }
@@ -78,10 +81,10 @@ async fn any_node_tells_of_the_whole_cluster() {
     let other = get(http[1], "/api/v1/clients/a");
     assert_eq!(other["state"], "connected");
     assert!(other["connection"].is_null());
-    let (status, body) = ask(http[1], "DELETE", "/api/v1/clients/a");
+    let (status, body) = ask(http[1], "DELETE", "/api/v1/clients/a").unwrap();
     assert_eq!(status, 409, "{body}");
     assert!(body.contains("node-1"), "{body}");
-    let (status, _) = ask(http[0], "DELETE", "/api/v1/clients/a");
+    let (status, _) = ask(http[0], "DELETE", "/api/v1/clients/a").unwrap();
     assert_eq!(status, 204);
 }
 
@@ -95,8 +98,8 @@ async fn a_node_without_mongodb_is_alive_and_asks_for_no_new_clients() {
 
     set.mongod(0).kill();
     wait_for_lbz(http, 404).await;
-    assert_eq!(ask(http, "GET", "/livez").0, 200);
-    let (status, body) = ask(http, "GET", "/readyz");
+    assert_eq!(ask(http, "GET", "/livez").unwrap().0, 200);
+    let (status, body) = ask(http, "GET", "/readyz").unwrap();
     assert_eq!(status, 503);
     assert!(body.contains("\"status\":\"degraded\""), "{body}");
 }

@@ -23,6 +23,9 @@ mod lines;
 mod mongod;
 mod node;
 mod process;
+#[path = "../interop/support/program.rs"]
+#[allow(dead_code, reason = "the interoperability tests use the rest")]
+mod program;
 mod proxy;
 #[path = "../support/seed.rs"]
 #[allow(dead_code, reason = "the crash tests use the rest")]
@@ -35,6 +38,7 @@ mod traffic;
 mod wire;
 mod workload;
 
+mod balancer;
 mod copy;
 mod http;
 mod nodes;

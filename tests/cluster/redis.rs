@@ -12,14 +12,14 @@ use crate::seed::Seed;
 use crate::workload::{Size, Workload};
 
 /// A server that keeps nothing. It is killed when dropped.
-struct Redis {
+pub(crate) struct Redis {
     process: Process,
     port: u16,
 }
 
 impl Redis {
     #[track_caller]
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let free = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = free.local_addr().unwrap().port();
         drop(free);
@@ -29,7 +29,7 @@ impl Redis {
         }
     }
 
-    fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         ([127, 0, 0, 1], self.port).into()
     }
 
@@ -81,14 +81,14 @@ fn spawn(port: u16) -> Process {
 }
 
 /// What makes a node use `database`, and Redis at `address`.
-fn settings(database: &Database, address: SocketAddr) -> Settings {
+pub(crate) fn settings(database: &Database, address: SocketAddr) -> Settings {
     let mut settings = database.settings();
     settings.push(("bus.kind".to_owned(), "redis".to_owned()));
     settings.push(("bus.url".to_owned(), format!("redis://{address}")));
     settings
 }
 
-async fn start(nodes: usize, redis: &Redis) -> Cluster {
+pub(crate) async fn start(nodes: usize, redis: &Redis) -> Cluster {
     let database = Database::shared();
     let settings = (0..nodes).map(|_| settings(&database, redis.address()));
     let mut cluster = Cluster::start(settings.collect()).await;

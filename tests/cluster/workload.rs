@@ -119,7 +119,7 @@ impl Workload {
     }
 }
 
-fn version(number: u16) -> Version {
+pub(crate) fn version(number: u16) -> Version {
     [Version::V5, Version::V311][usize::from(number % 2)]
 }
 

@@ -270,6 +270,8 @@ pub(crate) struct Publisher {
     pub(crate) window: usize,
     /// Answers after which it cuts its connection and makes another one.
     pub(crate) stay: u32,
+    /// Ends it before it has published everything.
+    pub(crate) stop: Option<watch::Receiver<bool>>,
 }
 
 struct Exchange {
@@ -290,6 +292,7 @@ impl Publisher {
             payload_bytes: 100,
             window: 40,
             stay: u32::MAX,
+            stop: None,
         }
     }
 
@@ -318,7 +321,8 @@ impl Publisher {
             topic: u16::try_from(stream / qos_count).unwrap(),
             qos: self.qos[(stream % qos_count) as usize],
         };
-        (sequence < self.messages).then_some(Message { stream, sequence })
+        let is_over = self.stop.as_ref().is_some_and(|stop| *stop.borrow());
+        (sequence < self.messages && !is_over).then_some(Message { stream, sequence })
     }
 
     fn encode(&self, exchange: &Exchange, dup: bool) -> Vec<u8> {
