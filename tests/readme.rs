@@ -6,11 +6,14 @@
 )]
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use midge::Broker;
 use midge::config::{Auth, Config, Sources};
+use serde_json::Value;
 
 /// A fenced code block, with the language that stands behind the fence.
 struct Block {
@@ -129,6 +132,88 @@ fn the_first_60_seconds_go_as_the_readme_says() {
     assert_eq!(blocks.len(), 8, "each block of commands has its output");
 
     runtime.block_on(broker.shutdown());
+}
+
+/// A program that is killed when its test ends, however that ends.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only when it has ended and was waited for.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs the commands as they stand, on the files that the text shows; only ports are free ones.
+#[test]
+fn the_broker_is_opened_to_the_network_as_the_readme_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("target/release/midge");
+    fs::create_dir_all(program.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_midge"), &program).unwrap();
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    fs::write(folder.path().join("tls.crt"), made.cert.pem()).unwrap();
+    fs::write(
+        folder.path().join("tls.key"),
+        made.signing_key.serialize_pem(),
+    )
+    .unwrap();
+    let bash = |commands: &str| {
+        let mut command = Command::new("bash");
+        command
+            .args(["-euo", "pipefail", "-c", commands])
+            .current_dir(folder.path())
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped());
+        for variable in ["LISTENERS__TLS", "LISTENERS__WSS", "LISTENERS__TCP", "HTTP"] {
+            command.env(format!("MIDGE_{variable}__BIND"), "127.0.0.1:0");
+        }
+        command
+    };
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, blocks) = split(section(&readme, "## Open it to the network"));
+    let languages: Vec<_> = blocks.iter().map(|block| block.language.as_str()).collect();
+    assert_eq!(languages, ["sh", "toml", "sh"]);
+
+    // The password comes from stdin, where there is no terminal to ask at.
+    let mut adding = bash(&blocks[0].text).spawn().unwrap();
+    let mut password = adding.stdin.take().unwrap();
+    password.write_all(b"a password\n").unwrap();
+    drop(password);
+    assert!(adding.wait().unwrap().success());
+    fs::write(folder.path().join("midge.toml"), &blocks[1].text).unwrap();
+    let (check, serve) = blocks[2].text.split_once('\n').unwrap();
+    let checked = bash(check).stdout(Stdio::null()).output().unwrap();
+    assert!(checked.status.success(), "{checked:?}");
+    let serve = format!("exec {serve}");
+    let mut broker = Running(bash(&serve).spawn().unwrap());
+    let log = BufReader::new(broker.0.stderr.take().unwrap());
+    let events = log.lines().map(|line| {
+        let line = line.unwrap();
+        serde_json::from_str::<Value>(&line).unwrap_or_else(|_| panic!("{line}"))
+    });
+    let events: Vec<_> = events
+        .take_while(|event| event["event"] != "ready")
+        .collect();
+    let tls = events.iter().find(|event| event["listener"] == "tls");
+    let address: SocketAddr = tls.unwrap()["address"].as_str().unwrap().parse().unwrap();
+    let publish = |password: &str| {
+        let port = address.port().to_string();
+        let arguments = ["pub", "-h", "localhost", "-p", &port, "--cafile", "tls.crt"];
+        let mut command = Command::new(&program);
+        command
+            .args(arguments)
+            .args(["-u", "ann", "-P", password, "-t", "a", "-m", "b", "-q", "1"])
+            .current_dir(folder.path());
+        command.output().unwrap()
+    };
+
+    let accepted = publish("a password");
+    let refused = publish("another one");
+
+    assert!(accepted.status.success(), "{accepted:?}");
+    assert!(!refused.status.success(), "{refused:?}");
 }
 
 #[test]
