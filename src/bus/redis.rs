@@ -76,8 +76,23 @@ impl Location {
         }
     }
 
-    /// What follows the scheme: `user:password@host:port,host:port/service/database`.
+    /// What follows the scheme: `user:password@host:port,host:port/service/database`, and how to log
+    /// in at the sentinels: `?sentinel_user=…&sentinel_password=…`.
     fn parse_sentinels(scheme: &str, rest: &str) -> Option<Self> {
+        let (rest, options) = rest.rsplit_once('?').unwrap_or((rest, ""));
+        let (mut sentinel_user, mut sentinel_password) = ("", "");
+        for option in options.split('&').filter(|option| !option.is_empty()) {
+            match option.split_once('=')? {
+                ("sentinel_user", user) => sentinel_user = user,
+                ("sentinel_password", password) => sentinel_password = password,
+                _ => return None,
+            }
+        }
+        let sentinel_login = match (sentinel_user, sentinel_password) {
+            ("", "") => String::new(),
+            (_, "") => return None,
+            (user, password) => format!("{user}:{password}@"),
+        };
         let (user_info, rest) = match rest.rsplit_once('@') {
             Some((user_info, rest)) => (format!("{user_info}@"), rest),
             None => (String::new(), rest),
@@ -92,8 +107,8 @@ impl Location {
                 .rsplit_once(':')
                 .is_some_and(|(_, port)| !port.ends_with(']'));
             let url = match has_port {
-                true => format!("{scheme}://{host}"),
-                false => format!("{scheme}://{host}:{SENTINEL_PORT}"),
+                true => format!("{scheme}://{sentinel_login}{host}"),
+                false => format!("{scheme}://{sentinel_login}{host}:{SENTINEL_PORT}"),
             };
             connection_info(&url)
         });
@@ -658,6 +673,10 @@ mod tests {
                 "redis+sentinel://me:secret@one,two:7000,[::1]/main/3",
                 "main of one:26379,two:7000,::1:26379",
             ),
+            (
+                "redis+sentinel://one/main?sentinel_user=me&sentinel_password=s%40cret",
+                "main of one:26379",
+            ),
         ] {
             let location = Location::parse(url).unwrap();
             assert_eq!(format!("{location:?}"), shown, "{url}");
@@ -670,6 +689,8 @@ mod tests {
             "redis://cache/x",
             "redis+sentinel://one,two",
             "redis+sentinel://one,two/",
+            "redis+sentinel://one/main?sentinel_user=me",
+            "redis+sentinel://one/main?password=secret",
             "redis+cluster://one,two",
             "http://cache",
         ] {
@@ -680,7 +701,7 @@ mod tests {
     #[tokio::test]
     async fn sentinels_are_asked_one_after_the_other_for_the_server() {
         let server = RedisServer::start();
-        let sentinel = server.sentinel("main");
+        let sentinel = server.sentinel("main", None);
         let nowhere = {
             let mut killed = RedisServer::start();
             killed.kill();
@@ -693,5 +714,32 @@ mod tests {
         bus.health().wait_until_up().await;
         bus.send(to(Destination::All, 0..1)).await.unwrap();
         assert_eq!(take(&mut frames, 1).await, [frame(0)]);
+    }
+
+    #[tokio::test]
+    async fn sentinels_and_the_server_have_passwords_of_their_own() {
+        let server = RedisServer::start_with_password("s@cret");
+        let sentinel = server.sentinel("main", Some("other"));
+        let with = |server: &str, sentinel_password: &str| {
+            let address = sentinel.address();
+            let url = format!(
+                "redis+sentinel://:{server}@{address}/main?sentinel_password={sentinel_password}"
+            );
+            RedisBus::new(Location::parse(&url).unwrap(), "test", 1)
+        };
+
+        let bus = with("s%40cret", "other");
+        let mut frames = bus.listen();
+        bus.health().wait_until_up().await;
+        bus.send(to(Destination::All, 0..1)).await.unwrap();
+        assert_eq!(take(&mut frames, 1).await, [frame(0)]);
+        for (server, sentinel_password) in [("wrong", "other"), ("s%40cret", "wrong")] {
+            let bus = with(server, sentinel_password);
+            let served = async {
+                let client = Client::open(bus.location.find().await?)?;
+                client.get_multiplexed_async_connection().await
+            };
+            assert!(served.await.is_err());
+        }
     }
 }

@@ -47,15 +47,33 @@ impl RedisServer {
         )
     }
 
+    /// A new one that only those can use who know the password.
+    pub(super) fn start_with_password(password: &str) -> Self {
+        let port = free_port();
+        let mut command = server(port);
+        let child = run(command.args(["--requirepass", password]));
+        Self::at(
+            format!("redis://127.0.0.1:{port}"),
+            Some(Process {
+                port,
+                child,
+                _configuration: None,
+            }),
+        )
+    }
+
     /// A sentinel that knows this server by the name of a service.
-    pub(super) fn sentinel(&self, service: &str) -> Self {
+    pub(super) fn sentinel(&self, service: &str, password: Option<&str>) -> Self {
         let port = free_port();
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("sentinel.conf");
         let server = self.own.as_ref().unwrap().port;
-        let configuration = format!(
+        let mut configuration = format!(
             "bind 127.0.0.1\nport {port}\nsentinel monitor {service} 127.0.0.1 {server} 1\n"
         );
+        if let Some(password) = password {
+            configuration.push_str(&format!("requirepass {password}\n"));
+        }
         std::fs::write(&file, configuration).unwrap();
         let child = run(Command::new(PROGRAM).arg(&file).arg("--sentinel"));
         Self::at(
@@ -150,12 +168,16 @@ const PROGRAM: &str = concat!(
 );
 
 fn spawn(port: u16) -> Child {
+    run(&mut server(port))
+}
+
+fn server(port: u16) -> Command {
     let mut command = Command::new(PROGRAM);
     command
         .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
         .arg("--port")
         .arg(port.to_string());
-    run(&mut command)
+    command
 }
 
 fn run(command: &mut Command) -> Child {
