@@ -164,7 +164,8 @@ impl BrokerBuilder {
         };
         let number = opened.node();
         let store = opened.port();
-        let flusher = Arc::new(Flusher::new(store.clone(), number, stored.last_hlc));
+        let (last_hlc, elides) = (stored.last_hlc, config.store.write_elision);
+        let flusher = Arc::new(Flusher::new(store.clone(), number, last_hlc, elides));
         let joining = match opened {
             OpenedStore::Shared(store) => {
                 let bus = open_bus(&config, &store).await?;

@@ -16,10 +16,11 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::Node;
+use super::elision::{self, Decisions, Held, Places, TakenOver, take_out};
 use super::mailbox::{Admission, Mailbox};
 use super::peers::{Known, MissedChunk};
 use super::trim::Overfull;
-use crate::bus::wire::{Header, Stamp};
+use crate::bus::wire::{Header, Item, Stamp};
 use crate::cluster::link::Clock;
 use crate::mqtt::{Message, QoS};
 use crate::session::Delivery;
@@ -76,6 +77,13 @@ pub(crate) struct Flusher {
     needs_reservation: Notify,
     /// Wakes the writer when there is something to write.
     work: Notify,
+    /// Whether a flush is held back for clients that may take over what it has.
+    elides: bool,
+    /// Says that there is nothing left to be held back for.
+    all_taken_over: Notify,
+    /// Messages for inboxes that were written, and that never had to be.
+    pub(crate) inbox_messages_written: AtomicU64,
+    pub(crate) inbox_messages_elided: AtomicU64,
 }
 
 struct Gathering {
@@ -92,7 +100,11 @@ struct Gathering {
     /// The open chunk of each session: its place in `changes`, and its bytes.
     open_chunks: HashMap<SessionId, (usize, usize)>,
     /// The place in `changes` of every chunk.
-    places: HashMap<(SessionId, MessageId), usize>,
+    places: Places,
+    /// The places of chunks that are on their way to clients of this node, if it is waited for them.
+    on_their_way: Vec<(Arc<Mailbox>, usize)>,
+    /// The flush that is about to be written.
+    held: Option<Held>,
     bytes: usize,
     /// Messages of QoS 1 and 2, if other nodes may have made subscriptions that they match.
     messages: Vec<Matched>,
@@ -144,6 +156,19 @@ struct Flush {
     messages: Vec<Matched>,
     /// Chunks to be handed on to whoever empties their inbox.
     later: Vec<(Arc<Mailbox>, Chunk)>,
+    /// To be told to those whom it was offered to.
+    decisions: Decisions,
+    missed_ids: MissedIds,
+}
+
+/// A flush whose changes are held back.
+struct Sealed {
+    unstored: Vec<(SessionId, Unstored)>,
+    messages: Vec<Matched>,
+    /// The places of chunks to be handed on to whoever empties their inbox.
+    later: Vec<(Arc<Mailbox>, usize)>,
+    /// The places of chunks that are on their way to clients of this node, if it is waited for them.
+    on_their_way: Vec<(Arc<Mailbox>, usize)>,
     missed_ids: MissedIds,
 }
 
@@ -201,7 +226,8 @@ pub(crate) struct Additions<'a> {
 
 impl Flusher {
     /// `last_hlc` is the largest clock value in the store.
-    pub(crate) fn new(store: Arc<dyn Store>, node: u32, last_hlc: u64) -> Self {
+    /// With `elides`, what clients acknowledge soon enough is not written.
+    pub(crate) fn new(store: Arc<dyn Store>, node: u32, last_hlc: u64, elides: bool) -> Self {
         Self {
             store,
             node,
@@ -213,7 +239,9 @@ impl Flusher {
                 next_index: 0,
                 changes: Vec::new(),
                 open_chunks: HashMap::new(),
-                places: HashMap::new(),
+                places: Places::new(),
+                on_their_way: Vec::new(),
+                held: None,
                 bytes: 0,
                 messages: Vec::new(),
                 later: Vec::new(),
@@ -230,16 +258,21 @@ impl Flusher {
             reserved: AtomicU64::new(u64::MAX),
             needs_reservation: Notify::new(),
             work: Notify::new(),
+            elides,
+            all_taken_over: Notify::new(),
+            inbox_messages_written: AtomicU64::new(0),
+            inbox_messages_elided: AtomicU64::new(0),
         }
     }
 
     /// Writes flush after flush until the store fails for good, for ever otherwise.
     pub(crate) async fn run(&self, node: &Node) -> StoreError {
         loop {
-            let Some(flush) = self.seal() else {
+            let Some(sealed) = self.seal() else {
                 self.work.notified().await;
                 continue;
             };
+            let flush = self.hold_back(sealed, node).await;
             if let Err(error) = self.commit(flush, node).await {
                 self.fail(&error);
                 return error;
@@ -261,13 +294,45 @@ impl Flusher {
     }
 
     /// Writes a flush, and what it has to hold besides because of other nodes.
-    async fn commit(&self, flush: Flush, node: &Node) -> Result<(), StoreError> {
+    async fn commit(&self, mut flush: Flush, node: &Node) -> Result<(), StoreError> {
         let acknowledges_messages = !flush.messages.is_empty();
+        let decisions = std::mem::take(&mut flush.decisions);
         self.write(flush, node).await?;
         if acknowledges_messages {
             self.hand_over(node).await?;
         }
+        // Nobody is answered because of these, so they are not waited for.
+        if let Some(cluster) = &node.cluster {
+            for (to, written) in decisions {
+                cluster.send(to, &Item::Decide { written });
+            }
+        }
         Ok(())
+    }
+
+    /// Waits for a moment until clients have taken over what is on its way to them; what is left of
+    /// the flush has to be written.
+    async fn hold_back(&self, sealed: Sealed, node: &Node) -> Flush {
+        let offers = self.start_waiting(&sealed, node);
+        if let Some(cluster) = &node.cluster {
+            for (to, offer) in offers {
+                cluster.send(to, &offer);
+            }
+        }
+        let all_taken_over = async {
+            while self
+                .gathering
+                .lock()
+                .held
+                .as_ref()
+                .is_some_and(Held::is_open)
+            {
+                self.all_taken_over.notified().await;
+            }
+        };
+        // What is late is written.
+        let _ = tokio::time::timeout(elision::WINDOW, all_taken_over).await;
+        self.end_waiting(sealed)
     }
 
     /// Waits until other nodes get what was handed on, whatever becomes of this one. A publisher that
@@ -379,8 +444,107 @@ impl Flusher {
         waiters.into_iter().for_each(Waker::wake);
     }
 
+    /// Says for which clients the flush that was sealed is held back, and returns what is to be
+    /// offered to other nodes.
+    fn start_waiting(&self, sealed: &Sealed, node: &Node) -> Vec<(u32, Item)> {
+        let cluster = node.cluster.as_ref();
+        if !self.elides || cluster.is_some_and(|cluster| cluster.links.is_failing()) {
+            return Vec::new();
+        }
+        let now_ms = unix_ms();
+        let gathering = &mut *self.gathering.lock();
+        let Some(held) = &mut gathering.held else {
+            return Vec::new();
+        };
+        let elsewhere = sealed.later.iter();
+        let elsewhere = elsewhere.filter(|(mailbox, _)| mailbox.holder().is_some());
+        for (mailbox, place) in sealed.on_their_way.iter().chain(elsewhere) {
+            held.wait_for(mailbox, *place, now_ms);
+        }
+        held.offers()
+    }
+
+    /// Takes the flush that was held back; from now on nothing is taken out of it.
+    fn end_waiting(&self, sealed: Sealed) -> Flush {
+        let Sealed {
+            unstored,
+            messages,
+            mut later,
+            missed_ids,
+            ..
+        } = sealed;
+        let held = self.gathering.lock().held.take();
+        let (mut changes, decisions) = held.map(|held| held.end(&mut later)).unwrap_or_default();
+        let later = later.into_iter().filter_map(|(mailbox, place)| {
+            let Change::Enqueue { chunk, .. } = &changes[place] else {
+                return None;
+            };
+            (!chunk.entries.is_empty()).then(|| (mailbox, chunk.clone()))
+        });
+        let later = later.collect();
+        let mut written = 0;
+        // Chunks whose messages were all acknowledged before they had to be written.
+        changes.retain(|change| match change {
+            Change::Enqueue { chunk, .. } => {
+                written += chunk.entries.len();
+                !chunk.entries.is_empty()
+            }
+            _ => true,
+        });
+        self.inbox_messages_written
+            .fetch_add(written as u64, Ordering::Relaxed);
+        Flush {
+            unstored,
+            changes,
+            messages,
+            later,
+            decisions,
+            missed_ids,
+        }
+    }
+
+    /// The client of a session at another node has taken over messages that were offered to it.
+    pub(super) fn taken_over(&self, session: SessionId, key: MessageId, ids: &[MessageId]) {
+        let mut gathering = self.gathering.lock();
+        for id in ids {
+            self.settle_held(&mut gathering, session, key, *id);
+        }
+    }
+
+    /// Another node does not have a chunk delivered that was offered to it.
+    pub(super) fn declined(&self, session: SessionId, key: MessageId) {
+        let mut gathering = self.gathering.lock();
+        if let Some(held) = &mut gathering.held {
+            held.decline(session, key);
+            if !held.is_open() {
+                self.all_taken_over.notify_one();
+            }
+        }
+    }
+
+    /// Takes a message out of the flush that is held back, if it is there.
+    fn settle_held(
+        &self,
+        gathering: &mut Gathering,
+        session: SessionId,
+        key: MessageId,
+        id: MessageId,
+    ) -> bool {
+        let Some(held) = &mut gathering.held else {
+            return false;
+        };
+        if !held.may_have(id) || !held.settle(session, key, id) {
+            return false;
+        }
+        if !held.is_open() {
+            self.all_taken_over.notify_one();
+        }
+        self.inbox_messages_elided.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
     /// Ends the gathering of a flush, if there is anything in it, and begins the next one.
-    fn seal(&self) -> Option<Flush> {
+    fn seal(&self) -> Option<Sealed> {
         let mut gathering = self.gathering.lock();
         if gathering.is_empty() {
             return None;
@@ -389,18 +553,9 @@ impl Flusher {
             self.needs_reservation.notify_one();
             return None;
         }
-        let mut changes = std::mem::take(&mut gathering.changes);
-        let later = std::mem::take(&mut gathering.later)
-            .into_iter()
-            .filter_map(|(mailbox, place)| match &changes[place] {
-                Change::Enqueue { chunk, .. } => Some((mailbox, chunk.clone())),
-                _ => None,
-            })
-            .collect();
-        // Chunks whose messages were all acknowledged before they had to be written.
-        changes.retain(
-            |change| !matches!(change, Change::Enqueue { chunk, .. } if chunk.entries.is_empty()),
-        );
+        let changes = std::mem::take(&mut gathering.changes);
+        let places = std::mem::take(&mut gathering.places);
+        gathering.held = Some(Held::new(changes, places, gathering.first_hlc));
         gathering.number += 1;
         gathering.writing_from = Some(gathering.first_hlc);
         gathering.tick();
@@ -411,18 +566,17 @@ impl Flusher {
         });
         gathering.hlc += MISSED_HLCS;
         gathering.tick();
-        gathering.places.clear();
         gathering.first_hlc = gathering.hlc;
         gathering.bytes = 0;
         self.gathered_bytes.store(0, Ordering::Relaxed);
         let waiters = std::mem::take(&mut gathering.waiters);
         gathering.waiters_of_previous.extend(waiters);
         gathering.waiters_for_room.drain(..).for_each(Waker::wake);
-        Some(Flush {
-            changes,
+        Some(Sealed {
             messages: std::mem::take(&mut gathering.messages),
             unstored: std::mem::take(&mut gathering.unstored),
-            later,
+            later: std::mem::take(&mut gathering.later),
+            on_their_way: std::mem::take(&mut gathering.on_their_way),
             missed_ids,
         })
     }
@@ -666,32 +820,49 @@ impl Additions<'_> {
             }
         };
         if guard.is_none() {
-            mailbox.push_durable(id, key, delivery);
+            let begins_chunk = id == key;
+            let is_on_its_way = mailbox.push_durable(id, key, delivery);
+            if self.flusher.elides && begins_chunk && is_on_its_way && mailbox.group.is_none() {
+                let place = gathering.changes.len() - 1;
+                gathering.on_their_way.push((mailbox.clone(), place));
+            }
         }
         Receipt(gathering.number)
     }
 
     /// The client has taken over these messages of its inbox: what of them is not yet written
-    /// never will be, and the rest is removed as soon as its chunk is done with.
-    pub(crate) fn settle(&mut self, mailbox: &Mailbox, ids: &[MessageId]) {
+    /// never will be, and the rest is removed as soon as its chunk is done with. Returns what other
+    /// nodes have to be told, because they may not have written it yet.
+    pub(crate) fn settle(&mut self, mailbox: &Mailbox, ids: &[MessageId]) -> Vec<TakenOver> {
+        let mut elsewhere = Vec::new();
         for id in ids {
             let done = mailbox.settle(*id);
+            if done.undecided {
+                let (key, id) = (done.key, *id);
+                elsewhere.push(TakenOver { key, id });
+                continue;
+            }
             let gathering = &mut *self.gathering;
             if id.hlc >= gathering.first_hlc
                 && let Some(place) = gathering.places.get(&(mailbox.session, done.key))
-                && let Change::Enqueue { chunk, .. } = &mut gathering.changes[*place]
             {
-                if let Ok(at) = chunk.entries.binary_search_by_key(id, |entry| entry.id) {
-                    let entry = chunk.entries.remove(at);
+                if let Some(entry) = take_out(&mut gathering.changes[*place], *id) {
                     gathering.bytes = gathering.bytes.saturating_sub(entry.message.len());
+                    let elided = &self.flusher.inbox_messages_elided;
+                    elided.fetch_add(1, Ordering::Relaxed);
                 }
-            } else if done.chunk_finished {
+                continue;
+            }
+            let flusher = self.flusher;
+            let was_held = flusher.settle_held(gathering, mailbox.session, done.key, *id);
+            if !was_held && done.chunk_finished {
                 gathering.changes.push(Change::Dequeue {
                     session: mailbox.session,
                     key: done.key,
                 });
             }
         }
+        elsewhere
     }
 
     /// Replaces a chunk by what of it has not been acknowledged.

@@ -76,6 +76,7 @@ pub(crate) struct Mailbox {
     holder: AtomicU32,
     /// Another node has taken the session: nothing may be answered to the client any more.
     lost: AtomicBool,
+    patience: Patience,
     limits: MailboxLimits,
     dropped: Arc<Dropped>,
     state: Mutex<State>,
@@ -132,6 +133,9 @@ struct Inbox {
     chunks: BTreeMap<MessageId, OpenChunk>,
     /// Chunks that are done with, but may be read once more.
     finished: BTreeSet<MessageId>,
+    /// Chunks that another node has offered and not yet decided whether to write, and whether the
+    /// client has taken over all of each.
+    undecided: BTreeMap<MessageId, bool>,
 }
 
 /// A chunk of which memory or the consumer has messages.
@@ -172,6 +176,8 @@ pub(super) enum Admission {
 pub(crate) struct Settled {
     pub(crate) key: MessageId,
     pub(crate) chunk_finished: bool,
+    /// The node that offered the chunk has to be told: it may not have to write it.
+    pub(crate) undecided: bool,
 }
 
 /// What is at hand for the consumer.
@@ -210,6 +216,7 @@ impl Mailbox {
             shared,
             holder: AtomicU32::new(0),
             lost: AtomicBool::new(false),
+            patience: Patience::default(),
             limits,
             dropped,
             state: Mutex::new(State {
@@ -232,6 +239,7 @@ impl Mailbox {
                     begun: MessageId::MIN,
                     chunks: BTreeMap::new(),
                     finished: BTreeSet::new(),
+                    undecided: BTreeMap::new(),
                 },
             }),
         }
@@ -472,8 +480,8 @@ impl Mailbox {
     }
 
     /// Puts in a message that was added to the flush, as one of the chunk `key`; called in the order
-    /// of ids.
-    pub(super) fn push_durable(&self, id: MessageId, key: MessageId, delivery: Delivery) {
+    /// of ids. Returns whether it is on its way to the client now, and has not to be read first.
+    pub(super) fn push_durable(&self, id: MessageId, key: MessageId, delivery: Delivery) -> bool {
         let mut state = self.state.lock();
         let bytes = delivery.message.len();
         if let Some(chunk) = state.inbox.chunks.get_mut(&key) {
@@ -481,7 +489,7 @@ impl Mailbox {
             chunk.bytes += bytes as u64;
         }
         if id.hlc < state.mode.held_from() {
-            return;
+            return false;
         }
         if !self.fits(&state) {
             state.spill(self.session, key, self.shared);
@@ -489,7 +497,7 @@ impl Mailbox {
                 drop(state);
                 consumer.wake();
             }
-            return;
+            return false;
         }
         if id == key {
             let chunk = OpenChunk {
@@ -505,10 +513,40 @@ impl Mailbox {
         }
         state.live_bytes += bytes;
         state.live.push_back(delivery);
+        let is_next = state.mode == Mode::Live;
         if let Some(consumer) = state.consumer_for_message() {
             drop(state);
             consumer.wake();
         }
+        is_next
+    }
+
+    /// Puts in a chunk that another node has not written yet, and need not write if the client
+    /// acknowledges it in time. Returns whether it goes to the client at once; if not, the chunk is
+    /// the other node's alone.
+    pub(super) fn push_offered(&self, chunk: &Chunk) -> bool {
+        let mut state = self.state.lock();
+        let is_next = state.attached && state.mode == Mode::Live && self.fits(&state);
+        if !is_next || state.inbox.chunks.contains_key(&chunk.key) {
+            return false;
+        }
+        state.inbox.undecided.insert(chunk.key, false);
+        self.hold_chunk(&mut state, chunk);
+        let consumer = state.consumer_for_message();
+        drop(state);
+        consumer.into_iter().for_each(Waker::wake);
+        true
+    }
+
+    /// The node that offered a chunk has written it, or at last need not. Returns whether it is to be
+    /// removed from the store.
+    pub(super) fn decide(&self, key: MessageId, is_written: bool) -> bool {
+        let state = &mut *self.state.lock();
+        let is_finished = state.inbox.undecided.remove(&key).unwrap_or_default();
+        if is_written && is_finished {
+            state.may_be_read_again(key);
+        }
+        is_written && is_finished
     }
 
     /// Puts in a chunk that is in the store already: one that another node wrote, or that had to wait
@@ -536,30 +574,40 @@ impl Mailbox {
         if state.inbox.chunks.contains_key(&key) {
             return;
         }
-        let bytes: usize = chunk.entries.iter().map(|entry| entry.message.len()).sum();
-        state.inbox.messages += chunk.entries.len() as u64;
-        state.inbox.bytes += bytes as u64;
         if self.fits(&state) {
-            let last = chunk.entries.last().map_or(key, |entry| entry.id);
-            let open = OpenChunk {
-                held_before: last.successor(),
-                remaining: u32::try_from(chunk.entries.len()).unwrap_or(u32::MAX),
-                bytes: bytes as u64,
-                settled: Vec::new(),
-            };
-            state.inbox.chunks.insert(key, open);
-            state.live_bytes += bytes;
-            let deliveries = chunk
-                .entries
-                .iter()
-                .map(|entry| self.delivery(entry.clone()));
-            state.live.extend(deliveries);
+            self.hold_chunk(&mut state, chunk);
         } else {
+            let bytes: usize = chunk.entries.iter().map(|entry| entry.message.len()).sum();
+            state.inbox.messages += chunk.entries.len() as u64;
+            state.inbox.bytes += bytes as u64;
             state.spill(self.session, key, self.shared);
         }
         let consumer = state.consumer_for_message();
         drop(state);
         consumer.into_iter().for_each(Waker::wake);
+    }
+
+    /// Memory has all of this chunk now.
+    fn hold_chunk(&self, state: &mut State, chunk: &Chunk) {
+        let bytes: usize = chunk.entries.iter().map(|entry| entry.message.len()).sum();
+        state.inbox.messages += chunk.entries.len() as u64;
+        state.inbox.bytes += bytes as u64;
+        let last = chunk.entries.last().map_or(chunk.key, |entry| entry.id);
+        let open = OpenChunk {
+            held_before: last.successor(),
+            remaining: u32::try_from(chunk.entries.len()).unwrap_or(u32::MAX),
+            bytes: bytes as u64,
+            settled: Vec::new(),
+        };
+        state.inbox.chunks.insert(chunk.key, open);
+        state.live_bytes += bytes;
+        let entries = chunk.entries.iter().cloned();
+        state.live.extend(entries.map(|entry| self.delivery(entry)));
+    }
+
+    /// How soon its client acknowledges.
+    pub(super) fn patience(&self) -> &Patience {
+        &self.patience
     }
 
     /// Something may be in the inbox that memory does not know of: all of it is read again.
@@ -595,6 +643,7 @@ impl Mailbox {
             return Settled {
                 key: id,
                 chunk_finished: false,
+                undecided: false,
             };
         };
         // The length of one message is not known here; that of all of them is.
@@ -606,23 +655,26 @@ impl Mailbox {
         if inbox.messages == 0 {
             inbox.bytes = 0;
         }
-        let chunk_finished = chunk.remaining == 0;
-        if chunk_finished {
+        let is_finished = chunk.remaining == 0;
+        let undecided = inbox.undecided.get_mut(&key);
+        let is_undecided = undecided.is_some();
+        if is_finished {
+            // Whether there is anything to remove from the store is not known yet.
+            undecided.into_iter().for_each(|finished| *finished = true);
             inbox.chunks.remove(&key);
-            if let Mode::Paged { from, .. } = state.mode
-                && (key >= from || state.restart)
-            {
-                inbox.finished.insert(key);
-            }
             inbox.head = inbox
                 .first_read(floor)
                 .unwrap_or_else(|| inbox.head.max(key));
+            if !is_undecided {
+                state.may_be_read_again(key);
+            }
         } else {
             chunk.settled.push((id.hlc, id.index));
         }
         Settled {
             key,
-            chunk_finished,
+            chunk_finished: is_finished && !is_undecided,
+            undecided: is_undecided,
         }
     }
 
@@ -644,7 +696,7 @@ impl Mailbox {
         }
         for Chunk { key, entries } in page {
             *from = key.successor();
-            if inbox.finished.remove(&key) {
+            if inbox.finished.remove(&key) || inbox.undecided.get(&key) == Some(&true) {
                 continue;
             }
             let chunk = inbox.chunks.entry(key).or_insert_with(|| OpenChunk {
@@ -882,6 +934,36 @@ impl Mailbox {
     }
 }
 
+/// Whether the client of a mailbox acknowledges soon enough that it is worth waiting for.
+#[derive(Debug, Default)]
+pub(super) struct Patience {
+    /// Not before then, in milliseconds since the Unix epoch.
+    not_before: AtomicU64,
+    /// How often it was waited for in vain since the last time that it was not.
+    in_vain: AtomicU32,
+}
+
+/// For how long no one waits for a client after it was waited for in vain. Doubled each time.
+const IMPATIENCE_MIN_MS: u64 = 10;
+const IMPATIENCE_DOUBLINGS_MAX: u32 = 10;
+
+impl Patience {
+    pub(super) fn is_worth(&self, now_ms: u64) -> bool {
+        self.not_before.load(Ordering::Relaxed) <= now_ms
+    }
+
+    /// Its client was waited for, and has acknowledged in time or not.
+    pub(super) fn note(&self, in_time: bool, now_ms: u64) {
+        if in_time {
+            self.in_vain.store(0, Ordering::Relaxed);
+            return;
+        }
+        let in_vain = self.in_vain.fetch_add(1, Ordering::Relaxed);
+        let pause = IMPATIENCE_MIN_MS << in_vain.min(IMPATIENCE_DOUBLINGS_MAX);
+        self.not_before.store(now_ms + pause, Ordering::Relaxed);
+    }
+}
+
 impl Mode {
     /// Of a mailbox that nobody takes messages out of.
     const AWAY: Self = Self::Paged {
@@ -911,6 +993,15 @@ impl State {
     /// Whether nobody else writes chunks anew.
     fn may_be_trimmed(&self) -> bool {
         !self.attached && !self.unsettled
+    }
+
+    /// Notes that a chunk is done with, if it may still be read.
+    fn may_be_read_again(&mut self, key: MessageId) {
+        if let Mode::Paged { from, .. } = self.mode
+            && (key >= from || self.restart)
+        {
+            self.inbox.finished.insert(key);
+        }
     }
 
     fn consumer_for_message(&mut self) -> Option<Waker> {

@@ -7,6 +7,7 @@
 
 pub(crate) mod clients;
 pub(crate) mod consumer;
+pub(crate) mod elision;
 pub(crate) mod flush;
 pub(crate) mod group;
 pub(crate) mod inspect;

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use super::Node;
 use super::clients::{Claim, Detached, SessionSubscriptions};
 use super::consumer::{Consumer, Inbox};
+use super::elision::Undecided;
 use super::flush::{Matched, MissedIds, Receipt, Unstored, unix_ms};
 use super::mailbox::Mailbox;
 use super::retained::RetainedWalk;
@@ -61,6 +62,7 @@ pub(super) struct Peers {
     takers: Mutex<HashMap<Arc<str>, (u32, u64)>>,
     /// Clients that have said goodbye, and their Wills, which the store may still have.
     discarded: Mutex<DiscardedWills>,
+    pub(super) undecided: Mutex<Undecided>,
 }
 
 /// How far this node has followed the subscriptions of others.
@@ -861,6 +863,10 @@ impl Node {
             Item::Log(position) => cluster.follow_later(Announced::Log(position)),
             Item::Ask { number } => cluster.follow_later(Announced::Ask { from, number }),
             Item::Answer { number } => self.receive_answer(cluster, from, number),
+            Item::Offer { session, chunk } => self.receive_offer(cluster, from, session, &chunk),
+            Item::Decline { session, key } => self.flusher.declined(session, key),
+            Item::Acknowledge { session, key, ids } => self.flusher.taken_over(session, key, &ids),
+            Item::Decide { written } => self.receive_decision(from, &written),
         }
     }
 
@@ -972,6 +978,7 @@ impl Node {
         if let Some(cluster) = &self.cluster {
             self.forget_routes(cluster, node);
         }
+        self.miss_decisions(node);
         let waiting: Vec<_> = {
             let all = self.peers.unaware.lock();
             let waiting = all

@@ -45,6 +45,10 @@ const ROUTE: u8 = 8;
 const LOG: u8 = 9;
 const ASK: u8 = 10;
 const ANSWER: u8 = 11;
+const OFFER: u8 = 12;
+const DECLINE: u8 = 13;
+const ACKNOWLEDGE: u8 = 14;
+const DECIDE: u8 = 15;
 const WANT_MARK: u8 = 128;
 const BEAT: u8 = 129;
 const NACK: u8 = 130;
@@ -149,6 +153,21 @@ pub(crate) enum Item {
     Ask { number: u64 },
     /// It does.
     Answer { number: u64 },
+    /// Messages for a session that the receiver owns. The sender waits a moment before it writes
+    /// them: what the client has acknowledged until then it does not write.
+    Offer { session: SessionId, chunk: Chunk },
+    /// The client will not get them before they are written.
+    Decline { session: SessionId, key: MessageId },
+    /// The client has taken over these messages of a chunk that was offered.
+    Acknowledge {
+        session: SessionId,
+        key: MessageId,
+        ids: Vec<MessageId>,
+    },
+    /// Of all chunks that were offered before, these were written, at least in part.
+    Decide {
+        written: Vec<(SessionId, MessageId)>,
+    },
 }
 
 /// What links tell each other, for themselves.
@@ -270,13 +289,7 @@ impl Item {
             Self::Deliver { session, chunk } => {
                 to.put_u8(DELIVER);
                 to.put_slice(&session.0);
-                put_message_id(to, chunk.key);
-                put_length(to, chunk.entries.len());
-                for entry in &chunk.entries {
-                    put_message_id(to, entry.id);
-                    let identifiers = entry.subscription_identifiers.as_deref();
-                    put_delivery(to, entry.qos, entry.retain, identifiers, &entry.message);
-                }
+                put_chunk(to, chunk);
             }
             Self::Pass {
                 session,
@@ -357,6 +370,31 @@ impl Item {
                 to.put_u8(ANSWER);
                 to.put_u64(*number);
             }
+            Self::Offer { session, chunk } => {
+                to.put_u8(OFFER);
+                to.put_slice(&session.0);
+                put_chunk(to, chunk);
+            }
+            Self::Decline { session, key } => {
+                to.put_u8(DECLINE);
+                to.put_slice(&session.0);
+                put_message_id(to, *key);
+            }
+            Self::Acknowledge { session, key, ids } => {
+                to.put_u8(ACKNOWLEDGE);
+                to.put_slice(&session.0);
+                put_message_id(to, *key);
+                put_length(to, ids.len());
+                ids.iter().for_each(|id| put_message_id(to, *id));
+            }
+            Self::Decide { written } => {
+                to.put_u8(DECIDE);
+                put_length(to, written.len());
+                for (session, key) in written {
+                    to.put_slice(&session.0);
+                    put_message_id(to, *key);
+                }
+            }
         }
     }
 }
@@ -395,6 +433,16 @@ fn put_range(to: &mut Vec<u8>, kind: u8, stream: Stream, first: u64, last: u64) 
     to.put_u8(flag(FLAG_TO_ALL, stream == Stream::All));
     to.put_u64(first);
     to.put_u64(last);
+}
+
+fn put_chunk(to: &mut Vec<u8>, chunk: &Chunk) {
+    put_message_id(to, chunk.key);
+    put_length(to, chunk.entries.len());
+    for entry in &chunk.entries {
+        put_message_id(to, entry.id);
+        let identifiers = entry.subscription_identifiers.as_deref();
+        put_delivery(to, entry.qos, entry.retain, identifiers, &entry.message);
+    }
 }
 
 /// `flags u8` (bits 0 and 1 the QoS, bit 2 RETAIN, bit 3: identifiers follow), a list of `u32`,
@@ -604,6 +652,22 @@ impl<'a> Reader<'a> {
             ANSWER => Item::Answer {
                 number: self.u64()?,
             },
+            OFFER => Item::Offer {
+                session: self.session()?,
+                chunk: self.chunk()?,
+            },
+            DECLINE => Item::Decline {
+                session: self.session()?,
+                key: self.message_id()?,
+            },
+            ACKNOWLEDGE => Item::Acknowledge {
+                session: self.session()?,
+                key: self.message_id()?,
+                ids: self.list(Self::message_id)?,
+            },
+            DECIDE => Item::Decide {
+                written: self.list(|reader| Some((reader.session()?, reader.message_id()?)))?,
+            },
             kind => return self.signal(kind).map(Content::Signal),
         };
         Some(Content::Item(item))
@@ -764,6 +828,16 @@ mod tests {
                 .prop_map(|(node, entry)| Item::Log(LogPosition { node, entry })),
             any::<u64>().prop_map(|number| Item::Ask { number }),
             any::<u64>().prop_map(|number| Item::Answer { number }),
+            (session(), message_id(), vec(entry(), 1..4)).prop_map(|(session, key, entries)| {
+                Item::Offer {
+                    session,
+                    chunk: Chunk { key, entries },
+                }
+            }),
+            (session(), message_id()).prop_map(|(session, key)| Item::Decline { session, key }),
+            (session(), message_id(), vec(message_id(), 0..4))
+                .prop_map(|(session, key, ids)| Item::Acknowledge { session, key, ids }),
+            vec((session(), message_id()), 0..4).prop_map(|written| Item::Decide { written }),
         ]
     }
 

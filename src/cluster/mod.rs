@@ -322,6 +322,7 @@ impl link::Handler for Node {
 
     fn lost(&self, from: u32) {
         tracing::warn!(event = "frames_lost", from);
+        self.miss_decisions(from);
         self.look_for_messages();
     }
 

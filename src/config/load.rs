@@ -546,6 +546,7 @@ impl Draft {
             kind,
             uri,
             uri_file,
+            write_elision,
             ..
         } = &self.store;
         let mut report = |key: &str, what: &str, hint: &str| {
@@ -580,6 +581,16 @@ impl Draft {
             ),
             (StoreKind::MongoDb, Some(_), None)
             | (StoreKind::Embedded | StoreKind::Memory, None, _) => {}
+        }
+        if *write_elision && *kind != StoreKind::MongoDb {
+            report(
+                "store.write_elision",
+                &format!(
+                    "store.write_elision has no effect with store.kind = \"{}\"",
+                    kind.as_str()
+                ),
+                "set store.kind = \"mongodb\", or take it out",
+            );
         }
     }
 
@@ -1254,6 +1265,10 @@ mod tests {
         assert_error(
             from_set(&[("store.uri", "db1:27017")]),
             &["store.uri should be a URI such as", "and not \"db1:27017\""],
+        );
+        assert_error(
+            from_set(&[("store.write_elision", "true")]),
+            &["store.write_elision has no effect with store.kind = \"embedded\""],
         );
         for database in ["a/b", "local", "sp ace"] {
             assert_error(

@@ -124,6 +124,11 @@ section! {
         pub uri_file: Option<PathBuf> = None,
         /// Only mongodb: the name of the database. Its nodes, and nobody else, use one.
         pub database: String = "midge".into(),
+        /// Only mongodb: whether what clients acknowledge at once is left unwritten. What is to be
+        /// written waits for a moment, 5 ms at most, for the QoS 1 messages in it that are on their
+        /// way to connected clients; those that their clients have taken over by then never get into
+        /// an inbox. All nodes should have the same.
+        pub write_elision: bool = false,
     }
 }
 

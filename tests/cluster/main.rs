@@ -40,6 +40,7 @@ mod workload;
 
 mod balancer;
 mod copy;
+mod elision;
 mod http;
 mod nodes;
 mod one_node;

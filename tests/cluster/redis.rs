@@ -13,7 +13,7 @@ use crate::workload::{Size, Workload};
 
 /// A server that keeps nothing. It is killed when dropped.
 pub(crate) struct Redis {
-    process: Process,
+    pub(crate) process: Process,
     port: u16,
 }
 
@@ -34,18 +34,18 @@ impl Redis {
     }
 
     /// Ends it as a power cut would.
-    fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.process.kill();
     }
 
     /// Starts it again, after it has ended.
     #[track_caller]
-    fn start_again(&mut self) {
+    pub(crate) fn start_again(&mut self) {
         self.process = spawn(self.port);
     }
 
     /// Ends the connections of all who listen, as Redis itself does with those who are too slow.
-    async fn cut_off_listeners(&self) {
+    pub(crate) async fn cut_off_listeners(&self) {
         let client = redis::Client::open(format!("redis://{}", self.address())).unwrap();
         let mut connection = client.get_multiplexed_async_connection().await.unwrap();
         let killed: u32 = redis::cmd("CLIENT")

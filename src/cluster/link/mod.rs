@@ -245,6 +245,11 @@ impl Links {
         }
     }
 
+    /// Whether the bus does not carry frames at the moment.
+    pub(crate) fn is_failing(&self) -> bool {
+        self.carriage.borrow().is_failing
+    }
+
     /// Waits until the bus has everything that was given to [`Links::send`] before. Returns whether
     /// it has; it is not waited for long.
     pub(crate) async fn carried(&self) -> bool {

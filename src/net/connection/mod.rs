@@ -587,7 +587,8 @@ impl Connection {
         };
         let mut additions = node.flusher.add();
         match (origin, group) {
-            (Origin::Inbox(id), _) => additions.settle(mailbox, &[id]),
+            // Nobody waits for a message of QoS 2 before writing it.
+            (Origin::Inbox(id), _) => drop(additions.settle(mailbox, &[id])),
             (Origin::Group(_, id), Some(group)) => {
                 group.settle(id, &self.identity.client_id, &mut additions);
             }
@@ -601,12 +602,10 @@ impl Connection {
 
     fn settle(&mut self) {
         if !self.settled.is_empty() {
-            self.context
-                .node
-                .flusher
-                .add()
-                .settle(&self.connected.mailbox, &self.settled);
+            let (node, mailbox) = (&self.context.node, &self.connected.mailbox);
+            let elsewhere = node.flusher.add().settle(mailbox, &self.settled);
             self.settled.clear();
+            node.say_taken_over(mailbox.session, &elsewhere);
         }
     }
 
