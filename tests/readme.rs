@@ -134,6 +134,40 @@ fn the_first_60_seconds_go_as_the_readme_says() {
     runtime.block_on(broker.shutdown());
 }
 
+/// Asks for help behind each command of midge in the documents: unless the command is right, that
+/// fails.
+#[test]
+fn every_midge_command_shown_exists() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut commands = 0;
+    for document in documents() {
+        let (_, blocks) = split(&fs::read_to_string(&document).unwrap());
+        for block in blocks.iter().filter(|block| block.language == "sh") {
+            let text = block.text.replace("\\\n", " ");
+            for line in text.lines() {
+                let Some((_, arguments)) = line
+                    .split_once(' ')
+                    .filter(|(program, _)| program.rsplit('/').next() == Some("midge"))
+                else {
+                    continue;
+                };
+                commands += 1;
+                // Bash knows what is quoted and what is a comment.
+                let script = format!("set -- {arguments}\n\"$MIDGE\" \"$@\" --help >/dev/null");
+                let output = Command::new("bash")
+                    .args(["-euo", "pipefail", "-c", &script])
+                    .env("MIDGE", env!("CARGO_BIN_EXE_midge"))
+                    .current_dir(folder.path())
+                    .output()
+                    .unwrap();
+                let errors = String::from_utf8_lossy(&output.stderr);
+                assert!(output.status.success(), "{line}\n{errors}");
+            }
+        }
+    }
+    assert!(commands > 20, "only {commands} commands were found");
+}
+
 /// A program that is killed when its test ends, however that ends.
 struct Running(Child);
 
