@@ -548,6 +548,8 @@ impl Node {
         };
         self.peers.expected.lock().remove(client_id);
         if let (Some(last), None) = (last_node, &let_go) {
+            // What was in flight with QoS 1 will come again without DUP.
+            tracing::debug!(event = "session_not_handed_over", %client_id, node = last);
             // Whatever it may still write, and however wrong its clock is: what this node writes
             // comes after.
             let reserved = cluster.reserved_by(last).await;

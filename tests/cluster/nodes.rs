@@ -8,7 +8,7 @@ use crate::mongod::{Database, ReplicaSet};
 use crate::node::{Cluster, Settings};
 use crate::proxy::Proxy;
 use crate::seed::Seed;
-use crate::wire::{Connect, DISCONNECT, Publish, Version, Will};
+use crate::wire::{Connect, DISCONNECT, Packet, Publish, Version, Will};
 use crate::workload::{Size, Workload};
 
 async fn start(nodes: usize, database: &Database) -> Cluster {
@@ -171,6 +171,42 @@ async fn what_was_acknowledged_is_not_overtaken() {
         let message = subscriber.message().await.unwrap();
         assert_eq!(message.text(), number.to_string());
     }
+}
+
+/// [MQTT-3.3.1-1], although the client has left in good order before it connects elsewhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_in_flight_comes_again_with_dup_at_another_node() {
+    let mut cluster = start(2, &Database::shared()).await;
+    let connect = Connect::persistent(Version::V5, "subscriber");
+    let mut subscriber = Client::connect(cluster.node(0).address(), &connect).await;
+    subscriber.subscribe("news", 1).await.unwrap();
+    let publisher = Connect::fleeting(Version::V5, "publisher");
+    let mut publisher = Client::connect(cluster.node(0).address(), &publisher).await;
+    for number in 0..2 {
+        let publish = Publish::new("news", &number.to_string(), 1);
+        publisher.publish(&publish).await.unwrap();
+    }
+    let mut in_flight = Vec::new();
+    while in_flight.len() < 2 {
+        if let Packet::Publish(publish) = subscriber.receive().await.unwrap() {
+            in_flight.push(publish.packet_id);
+        }
+    }
+    subscriber.disconnect().await.unwrap();
+    // When this is safe, it is known that the client has left.
+    publisher
+        .publish(&Publish::new("news", "2", 1))
+        .await
+        .unwrap();
+
+    let mut subscriber = Client::connect(cluster.node(1).address(), &connect).await;
+    for (number, packet_id) in in_flight.into_iter().enumerate() {
+        let message = subscriber.message().await.unwrap();
+        assert_eq!(message.text(), number.to_string());
+        assert_eq!((message.dup, message.packet_id), (true, packet_id));
+    }
+    let message = subscriber.message().await.unwrap();
+    assert_eq!((message.text(), message.dup), ("2", false));
 }
 
 /// Scenario 22: whatever is published anywhere after SUBACK comes, also to a session that ends with

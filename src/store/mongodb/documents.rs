@@ -129,7 +129,8 @@ impl Fields {
         let will_due = record.will.as_ref().and_then(|will| will.due_at);
         let due = [record.ends_at, will_due].into_iter().flatten().min();
         let will = record.will.as_ref();
-        self.put(cstr!("n"), record.connected.then_some(i64::from(node)));
+        // Also of a client that has left: what was in flight to it only its last node knows.
+        self.put(cstr!("n"), Some(i64::from(node)));
         self.put(cstr!("c"), Some(record.connected));
         self.put(cstr!("v"), Some(version_number(record.version)));
         self.put(cstr!("exp"), Some(i64::from(record.expiry_interval)));
@@ -180,8 +181,10 @@ pub(super) struct SessionDocument {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Previous {
     pub(super) epoch: u64,
-    /// Whose connection was open.
+    /// Where its client was connected last.
     pub(super) node: Option<u32>,
+    /// Whether it was still, or seemed to be.
+    pub(super) connected: bool,
     /// A new incarnation was made.
     pub(super) fresh: bool,
 }
@@ -231,10 +234,8 @@ impl SessionDocument {
                 let previous = Document::new("a session", previous);
                 Some(Previous {
                     epoch: previous.long("e")?.cast_unsigned(),
-                    node: match previous.flag("c")? {
-                        true => previous.optional_node("n")?,
-                        false => None,
-                    },
+                    node: previous.optional_node("n")?,
+                    connected: previous.flag("c")?,
                     fresh: previous.flag("fr")?,
                 })
             }

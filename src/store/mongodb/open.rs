@@ -60,7 +60,7 @@ pub(crate) struct OpenedSession {
     pub(crate) present: bool,
     pub(crate) epoch: u64,
     pub(crate) previous_epoch: u64,
-    /// Where its client was connected, or seemed to be.
+    /// The node that has the session to let go: it has, or had last, the client of it.
     pub(crate) previous_node: Option<u32>,
     /// What has to be dealt with, each by a flush that ends it.
     pub(crate) leftovers: Vec<Leftover>,
@@ -288,7 +288,9 @@ impl MongoStore {
             present,
             epoch,
             previous_epoch: previous.map_or(0, |previous| previous.epoch),
-            previous_node: previous.and_then(|previous| previous.node),
+            previous_node: previous
+                .filter(|previous| previous.connected || present)
+                .and_then(|previous| previous.node),
             leftovers: document.leftovers,
         }
     }
