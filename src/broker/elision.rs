@@ -50,6 +50,8 @@ pub(super) struct Held {
     candidates: HashMap<usize, Candidate>,
     /// Messages of those that may still be taken over in time.
     open: usize,
+    /// What of the offers is written, by node; all to whom anything was offered are there.
+    decisions: Decisions,
 }
 
 struct Candidate {
@@ -66,6 +68,7 @@ impl Held {
             first_hlc,
             candidates: HashMap::new(),
             open: 0,
+            decisions: Decisions::new(),
         }
     }
 
@@ -98,7 +101,7 @@ impl Held {
     }
 
     /// What is to be offered to other nodes.
-    pub(super) fn offers(&self) -> Vec<(u32, Item)> {
+    pub(super) fn offers(&mut self) -> Vec<(u32, Item)> {
         let offers = self.candidates.iter().filter_map(|(place, candidate)| {
             let node = candidate.offered_to?;
             let Change::Enqueue { session, chunk, .. } = &self.changes[*place] else {
@@ -108,6 +111,9 @@ impl Held {
             Some((node, Item::Offer { session, chunk }))
         });
         let mut offers: Vec<_> = offers.collect();
+        for (node, _) in &offers {
+            self.decisions.entry(*node).or_default();
+        }
         // Chunks of one session in their order.
         offers.sort_unstable_by_key(|(_, item)| match item {
             Item::Offer { chunk, .. } => chunk.key,
@@ -145,20 +151,22 @@ impl Held {
 
     /// What is left to be written. Of `later`, the places of chunks that are handed on once they are
     /// written, those are left that nobody has yet.
-    pub(super) fn end(self, later: &mut Vec<(Arc<Mailbox>, usize)>) -> (Vec<Change>, Decisions) {
+    pub(super) fn end(
+        mut self,
+        later: &mut Vec<(Arc<Mailbox>, usize)>,
+    ) -> (Vec<Change>, Decisions) {
         let now_ms = unix_ms();
-        let mut decisions = Decisions::new();
         for (place, candidate) in &self.candidates {
             let Change::Enqueue { session, chunk, .. } = &self.changes[*place] else {
                 continue;
             };
             let in_time = chunk.entries.is_empty();
             candidate.mailbox.patience().note(in_time, now_ms);
-            if let Some(node) = candidate.offered_to {
-                let written = decisions.entry(node).or_default();
-                if !in_time {
-                    written.push((*session, chunk.key));
-                }
+            if let Some(node) = candidate.offered_to
+                && !in_time
+            {
+                let written = self.decisions.entry(node).or_default();
+                written.push((*session, chunk.key));
             }
         }
         later.retain(|(mailbox, place)| {
@@ -166,7 +174,7 @@ impl Held {
             let offered_to = candidate.and_then(|candidate| candidate.offered_to);
             offered_to.is_none() || offered_to != mailbox.holder()
         });
-        (self.changes, decisions)
+        (self.changes, self.decisions)
     }
 }
 
@@ -179,8 +187,17 @@ pub(super) fn take_out(change: &mut Change, id: MessageId) -> Option<Entry> {
     at.ok().map(|at| chunk.entries.remove(at))
 }
 
-/// Chunks that other nodes have offered to this one and have not decided on.
-pub(super) type Undecided = HashMap<u32, Vec<(Arc<Mailbox>, MessageId)>>;
+/// What other nodes have offered to this one and have not decided on.
+pub(super) type Undecided = HashMap<u32, Offered>;
+
+/// What one node has offered.
+#[derive(Default)]
+pub(super) struct Offered {
+    /// Chunks that are on their way to their clients.
+    accepted: Vec<(Arc<Mailbox>, MessageId)>,
+    /// Sessions of which a chunk comes only once it is written: what follows must not overtake it.
+    declined: HashSet<SessionId>,
+}
 
 impl Node {
     /// Another node waits for the client of a session to take over these messages.
@@ -191,17 +208,19 @@ impl Node {
         session: SessionId,
         chunk: &Chunk,
     ) {
-        match self.shared.mailbox(session) {
-            Some(mailbox) if mailbox.push_offered(chunk) => {
-                let mut undecided = self.peers.undecided.lock();
-                let of_node = undecided.entry(from).or_default();
-                of_node.push((mailbox, chunk.key));
-            }
-            _ => {
-                let key = chunk.key;
-                cluster.send(from, &Item::Decline { session, key });
-            }
+        let key = chunk.key;
+        let mut undecided = self.peers.undecided.lock();
+        let offered = undecided.entry(from).or_default();
+        if !offered.declined.contains(&session)
+            && let Some(mailbox) = self.shared.mailbox(session)
+            && mailbox.push_offered(chunk)
+        {
+            offered.accepted.push((mailbox, key));
+            return;
         }
+        offered.declined.insert(session);
+        drop(undecided);
+        cluster.send(from, &Item::Decline { session, key });
     }
 
     /// Tells the nodes that wait for it what the client of a session has taken over.
@@ -235,7 +254,7 @@ impl Node {
         };
         // While the flush is held, as for all else that clients are done with.
         let mut additions = self.flusher.add();
-        for (mailbox, key) in undecided {
+        for (mailbox, key) in undecided.accepted {
             let session = mailbox.session;
             if mailbox.decide(key, is_written((session, key))) {
                 additions.persist(Change::Dequeue { session, key });
