@@ -122,18 +122,6 @@ impl Node {
         });
     }
 
-    /// What the events of this name that it has logged since it was started say of `field`.
-    pub(crate) fn logged(&self, name: &str, field: &str) -> Vec<String> {
-        let lines = self.process.log().so_far();
-        let records = lines
-            .iter()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let named = records.filter(|record| record["event"] == name);
-        named
-            .filter_map(|record| record[field].as_str().map(str::to_owned))
-            .collect()
-    }
-
     /// Ends it as a power cut would.
     pub(crate) fn kill(&mut self) {
         self.leave();

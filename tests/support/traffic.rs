@@ -220,23 +220,6 @@ impl World {
         self.report(&violations.into_iter().collect::<Vec<_>>());
     }
 
-    /// Fails the test if a promise was broken to one of these subscribers, but for DUP where a session
-    /// was taken without a word from the node that had it: the next one cannot know what was sent.
-    #[track_caller]
-    pub(crate) fn check_moved(
-        &self,
-        subscribers: &[Subscriber],
-        not_handed_over: &HashSet<String>,
-    ) {
-        let names: Vec<_> = subscribers.iter().map(Subscriber::name).collect();
-        let mut violations = history::check(&self.history.lock(), &names);
-        violations.retain(|violation| match violation {
-            history::Violation::RepeatedWithoutDup(name, _) => !not_handed_over.contains(name),
-            _ => true,
-        });
-        self.report(&violations.into_iter().collect::<Vec<_>>());
-    }
-
     /// Fails the test if a cluster broke a promise to one of these subscribers.
     #[track_caller]
     pub(crate) fn check_cluster(&self, subscribers: &[Subscriber]) {
