@@ -33,6 +33,7 @@ use std::sync::Arc;
 
 use crate::broker::consumer::{Consumer, Inbox};
 use crate::broker::{LastTopic, Publisher};
+use crate::metrics::{Arrival, Source};
 use crate::mqtt::message::MessageParts;
 use crate::mqtt::topic::{InvalidTopic, SubscribeOptions, TopicFilter, validate_topic_name};
 use crate::mqtt::{Message, QoS, SubscriptionFilter};
@@ -104,10 +105,13 @@ impl Broker {
         let publisher = Publisher {
             client_id: &Arc::from(PROGRAM),
             mailbox: None,
+            arrival: Arrival::NONE,
         };
         let published = self
             .node
             .publish(&message, publisher, &mut LastTopic::default(), None);
+        self.node
+            .note_published(&message, Source::Program, &published);
         let durable = self.node.flusher.durable(published.receipt).await;
         durable.map_err(|_| PublishError::StoreFailed)
     }
@@ -143,6 +147,7 @@ impl Broker {
                 retain: true,
                 subscription_identifiers: None,
                 origin: Origin::Memory,
+                arrival: Arrival::NONE,
             });
         }
         let leave = Box::new(move || {

@@ -3,6 +3,7 @@
 //! Owned by [`crate::server`], which is told by signals, by the broker and by wishes; whoever answers
 //! load balancers only reads it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +12,8 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use crate::net::connection::ConnectionContext;
+use crate::net::tls::CurrentTls;
 use crate::reload::Reload;
 
 /// One process, from its start to its end. Clones are the same one.
@@ -50,6 +53,11 @@ pub(crate) enum Wish {
 pub(crate) struct Steering {
     pub(crate) wishes: mpsc::Sender<Wish>,
     pub(crate) reload: Arc<Reload>,
+    /// Unix milliseconds.
+    pub(crate) started_at: u64,
+    pub(crate) connections: Arc<ConnectionContext>,
+    /// By the name of the listener.
+    pub(crate) tls: BTreeMap<String, Arc<CurrentTls>>,
 }
 
 impl Steering {

@@ -86,7 +86,7 @@ fn next_level(level: u8, used: u64, limit: u64) -> u8 {
 }
 
 /// What the kernel holds in memory for this process.
-fn resident_bytes() -> Option<u64> {
+pub(crate) fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status
         .lines()

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::{Authenticator, Authorizer, CurrentAccess};
-use crate::broker::flush::Flusher;
+use crate::broker::flush::{Flusher, unix_ms};
 use crate::broker::mailbox::{MailboxLimits, Order, QueueFull};
 use crate::broker::{Node, NodeLimits};
 use crate::bus::fallback::FallbackBus;
@@ -32,11 +32,12 @@ use crate::drain::DrainPlan;
 use crate::http;
 use crate::http::tokens::{Tokens, TokensError};
 use crate::lifecycle::{Lifecycle, Phase, Steering, Wish};
+use crate::metrics::{ListenerTotals, Totals};
 use crate::mqtt::ReasonCode;
 use crate::net::arrivals::Arrivals;
 use crate::net::connection::{ConnectionContext, serve};
 use crate::net::proxy::ProxyRules;
-use crate::net::tls::{ClientCa, TlsFiles};
+use crate::net::tls::{ClientCa, CurrentTls, TlsFiles};
 use crate::net::websocket::handshake::WebSocketRules;
 use crate::net::{ListenError, Listener, ListenerConfig, ListenerKind};
 use crate::overload;
@@ -44,6 +45,7 @@ use crate::reload::{Reload, Reloader};
 use crate::session::connect::ConnectLimits;
 use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
 use crate::store::memory::MemoryStore;
+use crate::store::metered::MeteredStore;
 use crate::store::mongodb::{MongoOptions, MongoStore};
 use crate::store::{Store, StoreError, Stored};
 use crate::systemd;
@@ -58,6 +60,8 @@ pub struct Broker {
     addresses: BTreeMap<String, SocketAddr>,
     pub(crate) reload: Arc<Reload>,
     drain_plan: DrainPlan,
+    /// By the name of the listener.
+    tls: BTreeMap<String, Arc<CurrentTls>>,
     context: Arc<ConnectionContext>,
     /// Ends the listeners, and reading files again.
     stop_listening: CancellationToken,
@@ -150,12 +154,12 @@ impl BrokerBuilder {
         let access = Arc::new(CurrentAccess::new(crate::auth::from_config(&config.auth)?));
         let authenticator = self.authenticator.unwrap_or_else(|| access.clone());
         let authorizer = self.authorizer.unwrap_or_else(|| access.clone());
-        let probes = Arc::new(AtomicU64::new(0));
+        let totals = Arc::new(Totals::new(config.listeners.keys().map(String::as_str)));
         let mut listeners = Vec::new();
         for (name, listener) in &config.listeners {
-            listeners.push(
-                Listener::bind(listener_config(name, listener, &config.limits, &probes)).await?,
-            );
+            let totals = totals.listeners[name.as_str()].clone();
+            let config = listener_config(totals, listener, &config.limits);
+            listeners.push(Listener::bind(config).await?);
         }
         let opened = open_store(&config).await?;
         let stored = match &opened {
@@ -163,7 +167,8 @@ impl BrokerBuilder {
             OpenedStore::Shared(_) => Stored::default(),
         };
         let number = opened.node();
-        let store = opened.port();
+        let metered = MeteredStore::new(opened.port(), totals.store.clone());
+        let store: Arc<dyn Store> = Arc::new(metered);
         let (last_hlc, elides) = (stored.last_hlc, config.store.write_elision);
         let flusher = Arc::new(Flusher::new(store.clone(), number, last_hlc, elides));
         let joining = match opened {
@@ -180,6 +185,7 @@ impl BrokerBuilder {
             store.clone(),
             flusher,
             joining.as_ref().map(|joining| joining.cluster.clone()),
+            totals,
         ));
         node.restore(stored);
         let (fail, failed) = watch::channel(None);
@@ -201,7 +207,6 @@ impl BrokerBuilder {
             publish_rate: AtomicU32::new(rate(config.limits.publish_rate).unwrap_or(0)),
             connections: AtomicUsize::new(0),
             sends_away: AtomicBool::new(false),
-            probes,
         });
         let writer = node.clone();
         let everything_written = CancellationToken::new();
@@ -217,6 +222,8 @@ impl BrokerBuilder {
         });
         let trimming = node.clone();
         tasks.spawn(async move { trimming.run_trimming().await });
+        let runtime = node.clone();
+        tasks.spawn(async move { runtime.watch_runtime().await });
         let deadlines = node.clone();
         tasks.spawn(async move { deadlines.run_deadlines().await });
         if let Some(interval) = config.sys.interval.get() {
@@ -238,13 +245,15 @@ impl BrokerBuilder {
         let stop_listening = CancellationToken::new();
         let reload = Arc::new(Reload::default());
         let tls = listeners.iter().zip(config.listeners.keys());
+        let tls: BTreeMap<_, _> = tls
+            .filter_map(|(listener, name)| Some((name.clone(), listener.tls()?)))
+            .collect();
         let reloader = Reloader::new(
             reload.clone(),
             config.clone(),
             self.loaded.as_ref(),
             access,
-            tls.filter_map(|(listener, name)| Some((name.clone(), listener.tls()?)))
-                .collect(),
+            tls.clone(),
             context.clone(),
         );
         tasks.spawn(reloader.run(stop_listening.clone()));
@@ -273,6 +282,7 @@ impl BrokerBuilder {
                 evict_rate: config.drain.evict_rate,
                 deadline: config.drain.deadline,
             },
+            tls,
             context,
             stop_listening,
             tasks,
@@ -455,6 +465,9 @@ async fn run_once(
     let steering = Arc::new(Steering {
         wishes,
         reload: broker.reload.clone(),
+        started_at: unix_ms(),
+        connections: broker.context.clone(),
+        tls: broker.tls.clone(),
     });
     if let Some(http) = http {
         http.attach(Some((broker.node.clone(), steering.clone())));
@@ -708,10 +721,9 @@ impl Joining {
 }
 
 fn listener_config(
-    name: &str,
+    totals: Arc<ListenerTotals>,
     listener: &config::Listener,
     limits: &config::Limits,
-    probes: &Arc<AtomicU64>,
 ) -> ListenerConfig {
     let tls = listener.tls.as_ref().map(tls_files);
     let kind = match (&listener.transport, tls) {
@@ -742,13 +754,12 @@ fn listener_config(
         }
     };
     ListenerConfig {
-        name: name.into(),
+        totals,
         bind: listener.bind,
         kind,
         handshake_timeout: limits.connect_timeout,
         handshakes_max: HANDSHAKES_MAX,
         proxy: proxy_rules(listener),
-        probes: probes.clone(),
     }
 }
 

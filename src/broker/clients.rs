@@ -237,6 +237,26 @@ impl Clients {
         }
     }
 
+    /// How many parts [`Clients::visit_part`] knows.
+    pub(super) const PARTS: usize = SHARDS;
+
+    /// Shows the sessions of one part of all: their mailboxes, what is known of their connections, and
+    /// whether they have one.
+    pub(super) fn visit_part(
+        &self,
+        part: usize,
+        mut visit: impl FnMut(&Mailbox, Option<&Presence>, bool),
+    ) {
+        for slot in self.shards[part].lock().values() {
+            match slot {
+                Slot::Connected {
+                    mailbox, presence, ..
+                } => visit(mailbox, presence.as_deref(), true),
+                Slot::Detached(detached) => visit(&detached.mailbox, None, false),
+            }
+        }
+    }
+
     /// Shows each client id, and whether its client is connected, in no order.
     pub(super) fn visit_ids(&self, mut visit: impl FnMut(&Arc<str>, bool)) {
         for shard in &self.shards {

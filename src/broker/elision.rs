@@ -20,6 +20,7 @@ use super::flush::unix_ms;
 use super::mailbox::Mailbox;
 use crate::bus::wire::Item;
 use crate::cluster::Cluster;
+use crate::metrics::Arrival;
 use crate::mqtt::QoS;
 use crate::store::{Change, Chunk, Entry, MessageId, SessionId};
 
@@ -213,7 +214,7 @@ impl Node {
         let offered = undecided.entry(from).or_default();
         if !offered.declined.contains(&session)
             && let Some(mailbox) = self.shared.mailbox(session)
-            && mailbox.push_offered(chunk)
+            && mailbox.push_offered(chunk, Arrival::from_peer())
         {
             offered.accepted.push((mailbox, key));
             return;
@@ -314,6 +315,7 @@ mod tests {
                 store.clone(),
                 flusher,
                 None,
+                Arc::default(),
             );
             let node = Arc::new(node);
             let writing = node.clone();
@@ -368,6 +370,7 @@ mod tests {
                     retain: false,
                     subscription_identifiers: None,
                     origin: Origin::Memory,
+                    arrival: Arrival::NONE,
                 };
                 additions.enqueue(&subscriber.mailbox, delivery, None);
             }

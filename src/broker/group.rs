@@ -18,6 +18,7 @@ use super::Node;
 use super::consumer::{Consumer, Inbox};
 use super::flush::Additions;
 use super::mailbox::Mailbox;
+use crate::metrics::Arrival;
 use crate::mqtt::topic::{SubscribeOptions, SubscriptionFilter};
 use crate::mqtt::{Message, QoS};
 use crate::session::{Delivery, IN_MEMORY, Origin};
@@ -283,30 +284,36 @@ impl Group {
     }
 
     /// Puts in a message that goes through the inbox.
-    pub(super) fn enqueue(&self, message: &Message, additions: &mut Additions<'_>) {
-        let delivery = self.delivery(message, Origin::Memory);
+    pub(super) fn enqueue(
+        &self,
+        message: &Message,
+        arrival: Arrival,
+        additions: &mut Additions<'_>,
+    ) {
+        let delivery = self.delivery(message, Origin::Memory, arrival);
         additions.enqueue(&self.mailbox, delivery, None);
     }
 
     /// Puts in a message that is held in memory only.
-    pub(super) fn push(&self, message: &Message) -> bool {
+    pub(super) fn push(&self, message: &Message, arrival: Arrival) -> bool {
         let hlc = self.next_in_memory.fetch_add(1, Ordering::Relaxed);
         let id = MessageId {
             hlc,
             node: IN_MEMORY,
             index: 0,
         };
-        self.mailbox
-            .push(self.delivery(message, Origin::Group(self.session(), id)))
+        let origin = Origin::Group(self.session(), id);
+        self.mailbox.push(self.delivery(message, origin, arrival))
     }
 
-    fn delivery(&self, message: &Message, origin: Origin) -> Delivery {
+    fn delivery(&self, message: &Message, origin: Origin, arrival: Arrival) -> Delivery {
         Delivery {
             message: message.clone(),
             qos: message.qos().min(self.maximum_qos()),
             retain: message.retain(),
             subscription_identifiers: None,
             origin,
+            arrival,
         }
     }
 

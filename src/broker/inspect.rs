@@ -4,18 +4,24 @@
 use std::collections::BinaryHeap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU16;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
-use super::clients::Seen;
+use tokio::time::{Instant, sleep_until};
+
+use super::clients::{Clients, Seen};
 use super::flush::unix_ms;
-use super::mailbox::Order;
+use super::mailbox::{Mailbox, Order};
 use super::subscriptions::Matches;
 use super::{LastTopic, Node, Publisher};
+use crate::metrics::{Arrival, ListenerTotals, Source};
 use crate::mqtt::topic::{SubscribeOptions, TopicFilter};
 use crate::mqtt::{Message, ProtocolVersion, ReasonCode, SubscriptionFilter};
 use crate::store::mongodb::{ClientRow, ClientsAsked, NodeState};
 use crate::store::{Retained, StoreError};
+
+/// How often it is looked at whether timers are late.
+const RUNTIME_LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Whether what clients send can be made durable.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +34,7 @@ pub(crate) enum StoreHealth {
 #[derive(Debug)]
 pub(crate) struct Presence {
     pub(crate) peer: SocketAddr,
-    pub(crate) listener: Arc<str>,
+    pub(crate) listener: Arc<ListenerTotals>,
     pub(crate) user_name: Option<Arc<str>>,
     pub(crate) version: ProtocolVersion,
     pub(crate) keep_alive: Option<Duration>,
@@ -39,6 +45,8 @@ pub(crate) struct Presence {
     pub(crate) connected_at: u64,
     /// QoS 1 and 2 messages sent to the client that it has not finished.
     pub(crate) in_flight: AtomicU16,
+    /// QoS 1 and 2 messages of the client whose exchange has not ended.
+    pub(crate) unacknowledged: AtomicU16,
 }
 
 /// What waits for a session.
@@ -50,6 +58,27 @@ pub(crate) struct Waiting {
     /// Of these, and of QoS 0, what is held in memory.
     pub(crate) memory_messages: u64,
     pub(crate) memory_bytes: u64,
+    /// The client is there, and takes messages more slowly than they come.
+    pub(crate) is_behind: bool,
+}
+
+/// All sessions of a node, counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Census {
+    /// Connected ones.
+    pub(crate) persistent: u64,
+    pub(crate) clean: u64,
+    pub(crate) detached: u64,
+    /// In memory for connected ones.
+    pub(crate) queued_messages: u64,
+    pub(crate) queued_bytes: u64,
+    /// In the store for those that are not.
+    pub(crate) offline_messages: u64,
+    /// Exchanges of QoS 1 and 2 messages that connected clients have sent.
+    pub(crate) inbound_in_flight: u64,
+    /// Of those sent to them.
+    pub(crate) outbound_in_flight: u64,
+    pub(crate) slow_consumers: u64,
 }
 
 /// A session, whether its client is there or not.
@@ -114,6 +143,29 @@ pub(crate) enum Kicked {
     Unknown,
 }
 
+impl Census {
+    fn add(&mut self, mailbox: &Mailbox, presence: Option<&Presence>, is_connected: bool) {
+        let waiting = mailbox.waiting();
+        if !is_connected {
+            self.detached += 1;
+            self.offline_messages += waiting.messages;
+            return;
+        }
+        match mailbox.is_durable() {
+            true => self.persistent += 1,
+            false => self.clean += 1,
+        }
+        self.queued_messages += waiting.memory_messages;
+        self.queued_bytes += waiting.memory_bytes;
+        self.slow_consumers += u64::from(waiting.is_behind);
+        if let Some(presence) = presence {
+            let read = |count: &AtomicU16| u64::from(count.load(Ordering::Relaxed));
+            self.inbound_in_flight += read(&presence.unacknowledged);
+            self.outbound_in_flight += read(&presence.in_flight);
+        }
+    }
+}
+
 impl IdFilter {
     fn admits(&self, client_id: &str) -> bool {
         match self {
@@ -145,6 +197,11 @@ impl Node {
         }
     }
 
+    /// What its store is, in the words of `store.kind`.
+    pub(crate) fn store_kind(&self) -> &'static str {
+        self.store.kind()
+    }
+
     /// All nodes that there are, or were until an hour ago.
     ///
     /// # Errors
@@ -166,6 +223,32 @@ impl Node {
             state: row.state,
         };
         Ok(rows.into_iter().map(view).collect())
+    }
+
+    /// Measures how late timers are, until the node stops: something blocks the runtime then.
+    pub(crate) async fn watch_runtime(&self) {
+        let watch = async {
+            loop {
+                let due = Instant::now() + RUNTIME_LOOK_INTERVAL;
+                sleep_until(due).await;
+                self.totals.runtime_stall.observe(due.elapsed());
+            }
+        };
+        self.stopping.run_until_cancelled(watch).await;
+    }
+
+    /// Counts all sessions of this node. It takes a while where there are many, and gives way to others
+    /// meanwhile.
+    pub(crate) async fn census(&self) -> Census {
+        let mut census = Census::default();
+        for part in 0..Clients::PARTS {
+            self.clients
+                .visit_part(part, |mailbox, presence, is_connected| {
+                    census.add(mailbox, presence, is_connected);
+                });
+            tokio::task::yield_now().await;
+        }
+        census
     }
 
     /// The first `at_most` clients that `filter` admits, of the whole cluster.
@@ -237,9 +320,7 @@ impl Node {
                 ends_at: None,
                 waiting: Some(mailbox.waiting()),
                 in_flight: presence.as_ref().map(|presence| {
-                    let in_flight = presence
-                        .in_flight
-                        .load(std::sync::atomic::Ordering::Relaxed);
+                    let in_flight = presence.in_flight.load(Ordering::Relaxed);
                     u64::from(in_flight)
                 }),
                 presence,
@@ -409,8 +490,10 @@ impl Node {
         let publisher = Publisher {
             client_id: publisher,
             mailbox: None,
+            arrival: Arrival::NONE,
         };
         let published = self.publish(message, publisher, &mut LastTopic::default(), None);
+        self.note_published(message, Source::Api, &published);
         self.flusher.durable(published.receipt).await?;
         Ok(published.matched)
     }

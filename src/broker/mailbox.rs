@@ -14,6 +14,7 @@ use std::task::Waker;
 use parking_lot::Mutex;
 
 use super::inspect::Waiting;
+use crate::metrics::{Arrival, By, Counter, Dropped};
 use crate::mqtt::topic::SubscriptionFilter;
 use crate::mqtt::{Message, QoS, ReasonCode};
 use crate::session::{Delivery, Origin};
@@ -37,15 +38,6 @@ pub(crate) enum QueueFull {
     DropOldest,
     DropNew,
     Disconnect,
-}
-
-/// Messages that a mailbox did not take, by reason. One set for the whole broker.
-#[derive(Debug, Default)]
-pub(crate) struct Dropped {
-    /// QoS 0 for a client that does not keep up.
-    pub(crate) slow_consumer: AtomicU64,
-    /// QoS 1 and 2 beyond the limits of the queue.
-    pub(crate) queue_full: AtomicU64,
 }
 
 /// What a connection must do, said from outside.
@@ -78,7 +70,8 @@ pub(crate) struct Mailbox {
     lost: AtomicBool,
     patience: Patience,
     limits: MailboxLimits,
-    dropped: Arc<Dropped>,
+    /// Of the whole node.
+    dropped: Arc<By<Dropped, Counter>>,
     state: Mutex<State>,
 }
 
@@ -201,7 +194,7 @@ impl Mailbox {
         group: Option<SubscriptionFilter>,
         inbox: InboxKind,
         limits: MailboxLimits,
-        dropped: Arc<Dropped>,
+        dropped: Arc<By<Dropped, Counter>>,
     ) -> Self {
         let (durable, shared, stored) = match inbox {
             InboxKind::None => (false, false, InboxSummary::default()),
@@ -285,10 +278,10 @@ impl Mailbox {
         let stalled = state.consumer.is_some() && !state.consumer_wants_messages;
         if !self.fits(&state) {
             if delivery.qos == QoS::AtMostOnce {
-                self.dropped.slow_consumer.fetch_add(1, Ordering::Relaxed);
+                self.dropped.of(Dropped::NotWritable).inc();
                 return !stalled;
             }
-            self.dropped.queue_full.fetch_add(1, Ordering::Relaxed);
+            self.dropped.of(Dropped::QueueFull).inc();
             match self.limits.queue_full {
                 QueueFull::DropNew => return !stalled,
                 // A share group has no connection.
@@ -373,6 +366,7 @@ impl Mailbox {
             bytes,
             memory_messages,
             memory_bytes,
+            is_behind: state.attached && (state.mode != Mode::Live || self.is_crowded(&state)),
         }
     }
 
@@ -385,7 +379,7 @@ impl Mailbox {
         let full = state.inbox.messages >= self.limits.queue_messages_max
             || state.inbox.bytes + message.len() as u64 > self.limits.queue_bytes_max;
         if full {
-            self.dropped.queue_full.fetch_add(1, Ordering::Relaxed);
+            self.dropped.of(Dropped::QueueFull).inc();
             match self.limits.queue_full {
                 // A client that is there and takes nothing for long: nobody drops the oldest.
                 QueueFull::DropOldest
@@ -524,14 +518,14 @@ impl Mailbox {
     /// Puts in a chunk that another node has not written yet, and need not write if the client
     /// acknowledges it in time. Returns whether it goes to the client at once; if not, the chunk is
     /// the other node's alone.
-    pub(super) fn push_offered(&self, chunk: &Chunk) -> bool {
+    pub(super) fn push_offered(&self, chunk: &Chunk, arrival: Arrival) -> bool {
         let mut state = self.state.lock();
         let is_next = state.attached && state.mode == Mode::Live && self.fits(&state);
         if !is_next || state.inbox.chunks.contains_key(&chunk.key) {
             return false;
         }
         state.inbox.undecided.insert(chunk.key, false);
-        self.hold_chunk(&mut state, chunk);
+        self.hold_chunk(&mut state, chunk, arrival);
         let consumer = state.consumer_for_message();
         drop(state);
         consumer.into_iter().for_each(Waker::wake);
@@ -551,7 +545,7 @@ impl Mailbox {
 
     /// Puts in a chunk that is in the store already: one that another node wrote, or that had to wait
     /// until it was certain.
-    pub(super) fn push_committed(&self, chunk: &Chunk) {
+    pub(super) fn push_committed(&self, chunk: &Chunk, arrival: Arrival) {
         let mut state = self.state.lock();
         let key = chunk.key;
         if !state.attached || state.inbox.finished.contains(&key) {
@@ -575,7 +569,7 @@ impl Mailbox {
             return;
         }
         if self.fits(&state) {
-            self.hold_chunk(&mut state, chunk);
+            self.hold_chunk(&mut state, chunk, arrival);
         } else {
             let bytes: usize = chunk.entries.iter().map(|entry| entry.message.len()).sum();
             state.inbox.messages += chunk.entries.len() as u64;
@@ -588,7 +582,7 @@ impl Mailbox {
     }
 
     /// Memory has all of this chunk now.
-    fn hold_chunk(&self, state: &mut State, chunk: &Chunk) {
+    fn hold_chunk(&self, state: &mut State, chunk: &Chunk, arrival: Arrival) {
         let bytes: usize = chunk.entries.iter().map(|entry| entry.message.len()).sum();
         state.inbox.messages += chunk.entries.len() as u64;
         state.inbox.bytes += bytes as u64;
@@ -602,7 +596,9 @@ impl Mailbox {
         state.inbox.chunks.insert(chunk.key, open);
         state.live_bytes += bytes;
         let entries = chunk.entries.iter().cloned();
-        state.live.extend(entries.map(|entry| self.delivery(entry)));
+        state
+            .live
+            .extend(entries.map(|entry| self.delivery(entry, arrival)));
     }
 
     /// How soon its client acknowledges.
@@ -717,19 +713,20 @@ impl Mailbox {
                     continue;
                 }
                 chunk.held_before = entry.id.successor();
-                into.push_back(self.delivery(entry));
+                into.push_back(self.delivery(entry, Arrival::NONE));
             }
         }
         inbox.finished = inbox.finished.split_off(from);
     }
 
-    fn delivery(&self, entry: Entry) -> Delivery {
+    fn delivery(&self, entry: Entry, arrival: Arrival) -> Delivery {
         Delivery {
             message: entry.message,
             qos: entry.qos,
             retain: entry.retain,
             subscription_identifiers: entry.subscription_identifiers,
             origin: self.origin(entry.id),
+            arrival,
         }
     }
 

@@ -32,7 +32,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::Authorizer;
 use crate::cluster::Cluster;
-use crate::metrics::Totals;
+use crate::metrics::{Arrival, Source, Totals};
 use crate::mqtt::{Message, QoS, SubscriptionFilter};
 use crate::overload::Overload;
 use crate::store::{Change, Retained, SessionId, Store};
@@ -40,7 +40,7 @@ use clients::Clients;
 use consumer::{Consumer, Inbox};
 use flush::{Flusher, Matched, Receipt, Unstored};
 use group::Group;
-use mailbox::{Dropped, Mailbox, MailboxLimits};
+use mailbox::{Mailbox, MailboxLimits};
 use peers::Peers;
 use retained::RetainedMessages;
 use routes::Routes;
@@ -80,7 +80,6 @@ pub(crate) struct Node {
     deadlines: Deadlines,
     pub(crate) totals: Arc<Totals>,
     pub(crate) overload: Arc<Overload>,
-    pub(crate) dropped: Arc<Dropped>,
     /// The dispatchers of share groups.
     tasks: TaskTracker,
     /// Ends what runs in the background.
@@ -93,6 +92,8 @@ pub(crate) struct Publisher<'a> {
     pub(crate) client_id: &'a Arc<str>,
     /// The mailbox of its session, for subscriptions with No Local.
     pub(crate) mailbox: Option<&'a Arc<Mailbox>>,
+    /// When its message came, if it came from a client just now.
+    pub(crate) arrival: Arrival,
 }
 
 /// What a publisher sent last, and to whom it went: most publish to one topic.
@@ -122,6 +123,7 @@ impl Node {
         store: Arc<dyn Store>,
         flusher: Arc<Flusher>,
         cluster: Option<Arc<Cluster>>,
+        totals: Arc<Totals>,
     ) -> Self {
         Self {
             name,
@@ -139,9 +141,8 @@ impl Node {
             groups: Mutex::default(),
             groups_by_session: Mutex::default(),
             deadlines: Deadlines::default(),
-            totals: Arc::default(),
+            totals,
             overload: Arc::default(),
-            dropped: Arc::default(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
         }
@@ -209,7 +210,7 @@ impl Node {
                 &found.terms
             };
             matched = true;
-            let delivery = terms.delivery(message);
+            let delivery = terms.delivery(message, publisher.arrival);
             match &mut additions {
                 Some(additions) if delivery.qos > QoS::AtMostOnce && found.mailbox.is_durable() => {
                     additions.enqueue(&found.mailbox, delivery, guard);
@@ -228,9 +229,11 @@ impl Node {
         }
         for group in &matches.groups {
             match &mut additions {
-                Some(additions) if group.stores(qos) => group.enqueue(message, additions),
+                Some(additions) if group.stores(qos) => {
+                    group.enqueue(message, publisher.arrival, additions)
+                }
                 _ => {
-                    if group.push(message) {
+                    if group.push(message, publisher.arrival) {
                         crowded = Some(group.mailbox());
                     }
                 }
@@ -252,6 +255,15 @@ impl Node {
             receipt: additions.map_or(Receipt::NOTHING, |additions| additions.receipt()),
             matched,
             crowded: crowded.cloned(),
+        }
+    }
+
+    /// Counts a message that comes from no connection.
+    pub(crate) fn note_published(&self, message: &Message, source: Source, published: &Published) {
+        let totals = &self.totals;
+        totals.messages_received.of(message.qos()).of(source).inc();
+        if !published.matched {
+            totals.messages_unrouted.of(message.qos()).inc();
         }
     }
 

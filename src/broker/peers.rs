@@ -26,6 +26,7 @@ use super::sessions::{Connected, NotOpened, Taken, WillFate, random_session_id};
 use super::shared::{self, Learned, Noted, Place};
 use crate::bus::wire::Item;
 use crate::cluster::{Announced, Cluster};
+use crate::metrics::{Arrival, Operation};
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, PacketId, QoS, SubscriptionFilter};
 use crate::session::connect::Terms;
@@ -321,7 +322,7 @@ impl Node {
             .filter(|found| found.mailbox.is_durable());
         durable
             .filter_map(|found| {
-                let delivery = found.terms.delivery(message);
+                let delivery = found.terms.delivery(message, Arrival::NONE);
                 let id = ids.next();
                 let entry = Entry {
                     id,
@@ -358,7 +359,7 @@ impl Node {
                     let session = mailbox.session;
                     cluster.send(node, &Item::Deliver { session, chunk });
                 }
-                _ => mailbox.push_committed(&chunk),
+                _ => mailbox.push_committed(&chunk, Arrival::NONE),
             }
         }
     }
@@ -372,9 +373,11 @@ impl Node {
     ) -> Option<BoxFuture<'static, Result<Vec<Retained>, StoreError>>> {
         let cluster = self.cluster.clone()?;
         let range = walk.next_in_store(at_most)?;
+        let measured = self.totals.store.clone();
         Some(Box::pin(async move {
             loop {
-                match cluster.store.read_retained(range.clone()).await {
+                let reading = cluster.store.read_retained(range.clone());
+                match measured.measure(Operation::ReadRetained, reading).await {
                     Err(StoreError::Unavailable(_)) => tokio::time::sleep(READ_AGAIN_AFTER).await,
                     read => return read,
                 }
@@ -469,6 +472,7 @@ impl Node {
                 epoch,
                 is_saved: true,
                 receipt: Receipt::NOTHING,
+                came_from: None,
             });
         }
         // What an earlier connection left must not be written over what comes now.
@@ -491,7 +495,9 @@ impl Node {
             durable,
             epoch_min: epoch,
         };
-        let mut opened = match cluster.open(request).await {
+        let opening = cluster.open(request);
+        let measured = &self.totals.store;
+        let mut opened = match measured.measure(Operation::OpenSession, opening).await {
             Ok(Some(opened)) => opened,
             Ok(None) => {
                 self.clients.release(client_id, None);
@@ -592,6 +598,7 @@ impl Node {
                 None if !opened.present => Inbox::Known,
                 told => Inbox::Shared(told),
             },
+            came_from: last_node,
         })
     }
 
@@ -797,7 +804,7 @@ impl Node {
         match item {
             Item::Deliver { session, chunk } => {
                 if let Some(mailbox) = self.shared.mailbox(session) {
-                    mailbox.push_committed(&chunk);
+                    mailbox.push_committed(&chunk, Arrival::from_peer());
                 }
             }
             Item::Pass {
@@ -814,6 +821,7 @@ impl Node {
                         retain,
                         subscription_identifiers,
                         origin: Origin::Memory,
+                        arrival: Arrival::from_peer(),
                     });
                 }
             }
@@ -886,7 +894,9 @@ impl Node {
                     Some(&found.terms)
                 };
                 if let Some(terms) = terms {
-                    found.mailbox.push(terms.delivery(message));
+                    found
+                        .mailbox
+                        .push(terms.delivery(message, Arrival::from_peer()));
                 }
             }
         }

@@ -16,6 +16,7 @@ use super::group::{Group, Membership};
 use super::mailbox::{InboxKind, Mailbox};
 use super::retained::RetainedWalk;
 use super::routes::News;
+use crate::metrics::{FilterKind, Where};
 use crate::mqtt::topic::{RetainHandling, SubscribeOptions};
 use crate::mqtt::{ProtocolVersion, SubscriptionFilter};
 use crate::session::connect::Terms;
@@ -82,6 +83,8 @@ pub(super) struct Taken {
     /// Of what has to be durable before the client is answered.
     pub(super) receipt: Receipt,
     pub(super) inbox: Inbox,
+    /// The other node that had it last.
+    pub(super) came_from: Option<u32>,
 }
 
 /// What becomes of a Will as the connection ends.
@@ -171,6 +174,7 @@ impl Node {
             is_saved,
             receipt,
             inbox,
+            came_from,
         } = match &self.cluster {
             Some(cluster) => Box::pin(self.take_shared(cluster, terms, claim)).await?,
             None => Taken {
@@ -183,9 +187,15 @@ impl Node {
                     None => Receipt::NOTHING,
                 },
                 inbox: Inbox::Known,
+                came_from: None,
             },
         };
         let session_present = resumed.is_some();
+        match came_from {
+            _ if !session_present => self.totals.sessions_created.inc(),
+            None => self.totals.sessions_resumed.of(Where::Local).inc(),
+            Some(_) => self.totals.sessions_resumed.of(Where::Remote).inc(),
+        }
         let (subscriptions, mut exchanges) = match resumed {
             Some(detached) => {
                 self.deadlines
@@ -229,6 +239,9 @@ impl Node {
             epoch,
             window: terms.send_maximum,
         };
+        for filter in connected.subscriptions.keys() {
+            self.totals.subscriptions.of(kind(filter)).inc();
+        }
         let consumer = self.attach(&connected.mailbox, inbox);
         for group in self.groups_of(&connected.subscriptions) {
             group.come_online(&terms.client_id, &connected.mailbox, connected.window, self);
@@ -250,6 +263,9 @@ impl Node {
         mut exchanges: Exchanges,
         will: WillFate,
     ) {
+        for filter in connected.subscriptions.keys() {
+            self.totals.subscriptions.of(kind(filter)).dec();
+        }
         if will == WillFate::Discard && connected.record.will.is_some() {
             self.discard_will(&connected.mailbox.client_id);
         }
@@ -415,6 +431,9 @@ impl Node {
         let known = connected
             .subscriptions
             .insert(filter.clone(), (options, identifier));
+        if known.is_none() {
+            self.totals.subscriptions.of(kind(filter)).inc();
+        }
         let mut retained = None;
         if filter.share.is_some() {
             self.join_group(filter, connected, options, identifier);
@@ -463,6 +482,7 @@ impl Node {
         filter: &SubscriptionFilter,
     ) -> Option<Receipt> {
         connected.subscriptions.remove(filter)?;
+        self.totals.subscriptions.of(kind(filter)).dec();
         let mailbox = &connected.mailbox;
         if filter.share.is_some() {
             self.leave_group(filter, &mailbox.client_id);
@@ -638,7 +658,7 @@ impl Node {
             (true, None) => InboxKind::Own(stored),
             (true, Some(_)) => InboxKind::Shared,
         };
-        let dropped = self.dropped.clone();
+        let dropped = self.totals.dropped.clone();
         let limits = self.limits.mailbox;
         Arc::new(Mailbox::new(
             session, client_id, group, inbox, limits, dropped,
@@ -845,11 +865,17 @@ impl Node {
         });
         if let Some(ended) = ended {
             tracing::info!(event = "session_expired", client_id = %client_id);
-            self.totals
-                .sessions_expired
-                .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            self.totals.sessions_expired.inc();
             self.end_session(*ended);
         }
+    }
+}
+
+fn kind(filter: &SubscriptionFilter) -> FilterKind {
+    match filter {
+        filter if filter.share.is_some() => FilterKind::Shared,
+        filter if filter.filter.has_wildcard() => FilterKind::Wildcard,
+        _ => FilterKind::Exact,
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::mailbox::Mailbox;
+use crate::metrics::Arrival;
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, QoS, SubscriptionFilter};
 use crate::session::{Delivery, Origin};
@@ -99,6 +100,7 @@ impl Learned {
             retain: message.retain() && self.options.retain_as_published,
             subscription_identifiers: self.identifier.map(|identifier| Arc::from([identifier])),
             origin: Origin::Memory,
+            arrival: Arrival::NONE,
         })
     }
 }

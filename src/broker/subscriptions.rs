@@ -13,6 +13,7 @@ use parking_lot::{Mutex, RwLock};
 use super::group::Group;
 use super::inspect::SubscriptionView;
 use super::mailbox::Mailbox;
+use crate::metrics::Arrival;
 use crate::mqtt::topic::{SubscribeOptions, SubscriptionFilter, TopicFilter};
 use crate::mqtt::topic_tree::TopicTree;
 use crate::mqtt::{Message, QoS};
@@ -105,13 +106,14 @@ pub(crate) struct MatchTerms {
 
 impl MatchTerms {
     /// A message as these terms want it.
-    pub(super) fn delivery(&self, message: &Message) -> Delivery {
+    pub(super) fn delivery(&self, message: &Message, arrival: Arrival) -> Delivery {
         Delivery {
             message: message.clone(),
             qos: message.qos().min(self.maximum_qos),
             retain: message.retain() && self.retain_as_published,
             subscription_identifiers: self.identifiers.clone(),
             origin: Origin::Memory,
+            arrival,
         }
     }
 

@@ -2,13 +2,15 @@
 //! Mosca published on `$SYS/{node name}/…`.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::{LastTopic, Node, Publisher};
+use crate::metrics::{Arrival, Dropped, sum};
 use crate::mqtt::message::MessageParts;
+use crate::mqtt::packet::PacketType;
 use crate::mqtt::{Message, QoS};
 use crate::store::Retained;
 
@@ -85,9 +87,15 @@ impl Node {
     }
 
     fn publish_figures(&self, uptime: Duration, elapsed: Duration, loads: &mut [Load; 8]) {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let totals = &self.totals;
-        let dropped = read(&self.dropped.slow_consumer) + read(&self.dropped.queue_full);
+        let dropped = [Dropped::NotWritable, Dropped::QueueFull];
+        let dropped = dropped.map(|reason| totals.dropped.of(reason).get());
+        let dropped = dropped.into_iter().sum();
+        let packets_received = sum(&totals.packets_received);
+        let packets_sent = sum(&totals.packets_sent);
+        let publishes_received = totals.packets_received.of(PacketType::Publish).get();
+        let publishes_sent = totals.packets_sent.of(PacketType::Publish).get();
+        let (bytes_received, bytes_sent) = (totals.bytes_received(), totals.bytes_sent());
         let (connected, disconnected) = self.clients.count();
         totals
             .connected_maximum
@@ -98,21 +106,21 @@ impl Node {
             ("clients/disconnected", disconnected),
             ("clients/inactive", disconnected),
             ("clients/total", connected + disconnected),
-            ("clients/maximum", read(&totals.connected_maximum)),
-            ("clients/expired", read(&totals.sessions_expired)),
-            ("messages/received", read(&totals.packets_received)),
-            ("messages/sent", read(&totals.packets_sent)),
+            (
+                "clients/maximum",
+                totals.connected_maximum.load(Ordering::Relaxed),
+            ),
+            ("clients/expired", totals.sessions_expired.get()),
+            ("messages/received", packets_received),
+            ("messages/sent", packets_sent),
             ("messages/stored", self.retained.count()),
             ("store/messages/count", self.retained.count()),
             ("store/messages/bytes", self.retained.bytes()),
-            (
-                "publish/messages/received",
-                read(&totals.publishes_received),
-            ),
-            ("publish/messages/sent", read(&totals.publishes_sent)),
+            ("publish/messages/received", publishes_received),
+            ("publish/messages/sent", publishes_sent),
             ("publish/messages/dropped", dropped),
-            ("bytes/received", read(&totals.bytes_received)),
-            ("bytes/sent", read(&totals.bytes_sent)),
+            ("bytes/received", bytes_received),
+            ("bytes/sent", bytes_sent),
             ("subscriptions/count", self.subscriptions.count()),
             ("retained messages/count", self.retained.count()),
         ];
@@ -127,13 +135,13 @@ impl Node {
             return;
         }
         let current = [
-            read(&totals.packets_received),
-            read(&totals.packets_sent),
-            read(&totals.publishes_received),
-            read(&totals.publishes_sent),
-            read(&totals.bytes_received),
-            read(&totals.bytes_sent),
-            read(&totals.connections),
+            packets_received,
+            packets_sent,
+            publishes_received,
+            publishes_sent,
+            bytes_received,
+            bytes_sent,
+            totals.connections.get(),
             dropped,
         ];
         for (load, total) in loads.iter_mut().zip(current) {
@@ -177,6 +185,7 @@ impl Node {
         let publisher = Publisher {
             client_id: &Arc::default(),
             mailbox: None,
+            arrival: Arrival::NONE,
         };
         self.publish(
             &message(topic, payload, false),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::flush::{Receipt, unix_ms};
 use super::{LastTopic, Node, Publisher};
 use crate::auth::{Answer, Identity, Request, Verdict};
+use crate::metrics::{Arrival, Asked, Source};
 use crate::mqtt::Message;
 use crate::mqtt::message::MessageParts;
 use crate::store::{Change, WillRecord};
@@ -39,14 +40,17 @@ impl Node {
             retain: message.retain(),
         };
         if let Answer::Now(Verdict::Deny { rule }) = self.authorizer.authorize(&identity, request) {
+            self.totals.authorized(Asked::Publish, false);
             tracing::warn!(event = "will_denied", client_id = %client_id, topic = message.topic(), rule = %rule);
             return self.flusher.persist(with);
         }
         let publisher = Publisher {
             client_id,
             mailbox: None,
+            arrival: Arrival::NONE,
         };
-        self.publish(&message, publisher, &mut LastTopic::default(), Some(with))
-            .receipt
+        let published = self.publish(&message, publisher, &mut LastTopic::default(), Some(with));
+        self.note_published(&message, Source::Will, &published);
+        published.receipt
     }
 }

@@ -168,6 +168,10 @@ impl Bus for FallbackBus {
         tokio::spawn(self.clone().merge(fast, sure, merged));
         Ok(frames)
     }
+
+    fn is_connected(&self) -> bool {
+        self.fast.is_connected()
+    }
 }
 
 /// What a node says about itself on the sure bus, among the frames.

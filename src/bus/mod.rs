@@ -53,6 +53,11 @@ pub(crate) trait Bus: fmt::Debug + Send + Sync {
     /// # Errors
     /// `BusError` if that cannot begin.
     async fn subscribe(&self) -> Result<mpsc::Receiver<Bytes>, BusError>;
+
+    /// Whether frames go by the way that they should, as far as is known.
+    fn is_connected(&self) -> bool {
+        true
+    }
 }
 
 /// No frame is empty.

@@ -371,6 +371,10 @@ impl Bus for RedisBus {
         up.map_err(|late| BusError::Unavailable(late.to_string()))?;
         Ok(frames)
     }
+
+    fn is_connected(&self) -> bool {
+        self.publisher.borrow().is_some()
+    }
 }
 
 /// Makes the connections, watches them, and makes them anew.

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use bytes::{BufMut, Bytes};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::metrics::Traffic;
 use crate::mqtt::{Message, PacketId, QoS, SubscriptionFilter};
 use crate::store::{Chunk, Entry, LogPosition, MessageId, SessionId};
 
@@ -284,6 +285,23 @@ impl Stream {
 }
 
 impl Item {
+    /// For the counters.
+    pub(crate) fn traffic(&self) -> Traffic {
+        match self {
+            Self::Pass { .. } | Self::Publish { .. } => Traffic::Publish,
+            Self::Deliver { .. } | Self::Offer { .. } => Traffic::Deliver,
+            Self::Decline { .. } | Self::Acknowledge { .. } | Self::Decide { .. } => {
+                Traffic::Elision
+            }
+            Self::Own { .. } | Self::OwnAck { .. } | Self::Taken { .. } | Self::Disown { .. } => {
+                Traffic::Session
+            }
+            Self::Route { .. } | Self::Log(_) | Self::Ask { .. } | Self::Answer { .. } => {
+                Traffic::Subscription
+            }
+        }
+    }
+
     pub(crate) fn put(&self, to: &mut Vec<u8>) {
         match self {
             Self::Deliver { session, chunk } => {

@@ -55,6 +55,15 @@ impl Members {
         self.alive.read().keys().copied().collect()
     }
 
+    /// How many other nodes count, how many have not for a while, and how many are gone and have to be
+    /// looked after by this one.
+    pub(crate) fn count(&self) -> [usize; 3] {
+        let members = self.alive.read();
+        let counts = |member: &&Member| member.seen.elapsed() < SUSPECT_AFTER;
+        let alive = members.values().filter(counts).count();
+        [alive, members.len() - alive, self.gone.read().len()]
+    }
+
     /// Nodes that are gone and whose clients this node has to look after.
     pub(super) fn gone(&self) -> Vec<u32> {
         self.gone.read().clone()

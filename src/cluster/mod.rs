@@ -20,6 +20,7 @@ use crate::broker::Node;
 use crate::broker::inspect::StoreHealth;
 use crate::bus::Destination;
 use crate::bus::wire::{Header, Item};
+use crate::metrics::Operation;
 use crate::store::mongodb::{MongoStore, NodeState, OpenRequest, OpenedSession};
 use crate::store::{LogPosition, StoreError};
 use link::Links;
@@ -214,7 +215,9 @@ impl Cluster {
                 () = node.flusher.needs_reservation() => {}
             }
             let reserved = node.flusher.reservation(RESERVED_MS);
-            match self.store.heartbeat(reserved).await {
+            let heartbeat = self.store.heartbeat(reserved);
+            let measured = &node.totals.store;
+            match measured.measure(Operation::Heartbeat, heartbeat).await {
                 Ok(()) => {
                     node.flusher.reserve(reserved);
                     *self.last_beat.lock() = Instant::now();

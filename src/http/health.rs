@@ -27,6 +27,26 @@ pub(super) enum Status {
     Stopping,
 }
 
+impl Status {
+    pub(super) const ALL: [Self; 5] = [
+        Self::Starting,
+        Self::Ready,
+        Self::Degraded,
+        Self::Draining,
+        Self::Stopping,
+    ];
+
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Degraded => "degraded",
+            Self::Draining => "draining",
+            Self::Stopping => "stopping",
+        }
+    }
+}
+
 /// One of the things that readiness consists of.
 #[derive(Debug, Serialize)]
 struct Check {

@@ -4,11 +4,13 @@
 //! `broker::inspect`; the broker knows nothing of it. It is bound before anything else, and answers
 //! while the store opens.
 //!
-//! Start reading at [`Server`]; [`health`] is what load balancers ask, [`api`] the rest.
+//! Start reading at [`Server`]; [`health`] is what load balancers ask, [`metrics`] what Prometheus does,
+//! [`api`] the rest.
 
 mod api;
 mod guard;
 mod health;
+mod metrics;
 mod problem;
 mod stall;
 mod time;
@@ -39,9 +41,11 @@ use tower_http::timeout::TimeoutLayer;
 use crate::broker::Node;
 use crate::config;
 use crate::lifecycle::{Lifecycle, Steering};
+use crate::metrics::ListenerTotals;
 use crate::net::arrivals::Arrivals;
 use crate::net::transport::Transport;
 use crate::net::{ListenError, Listener, ListenerConfig, ListenerKind};
+use metrics::Observatory;
 use problem::Problem;
 use stall::WriteTimeout;
 use tokens::Tokens;
@@ -82,6 +86,7 @@ pub(crate) struct Context {
     node: ArcSwapOption<Node>,
     /// Set together with it.
     steering: ArcSwapOption<Steering>,
+    observatory: Observatory,
     tokens: Tokens,
     /// Whether only this machine can reach the server.
     is_local: bool,
@@ -105,14 +110,14 @@ impl Server {
         lifecycle: Lifecycle,
         message_bytes_max: usize,
     ) -> Result<Self, ListenError> {
+        metrics::note_start();
         let listener = Listener::bind(ListenerConfig {
-            name: "http".into(),
+            totals: Arc::new(ListenerTotals::new("http")),
             bind: config.bind,
             kind: ListenerKind::Tcp,
             handshake_timeout: HEADER_TIMEOUT,
             handshakes_max: CONNECTIONS_MAX,
             proxy: None,
-            probes: Arc::default(),
         })
         .await?;
         let address = listener.local_addr();
@@ -122,8 +127,8 @@ impl Server {
             tracing::warn!(
                 event = "api_refused",
                 %address,
-                "other machines can reach it and there are no tokens: only health checks are \
-                 served; make a token with `midge token add`, and name its file in \
+                "other machines can reach it and there are no tokens: only health checks and metrics \
+                 are served; make a token with `midge token add`, and name its file in \
                  http.tokens_file",
             );
         }
@@ -131,6 +136,7 @@ impl Server {
             lifecycle,
             node: ArcSwapOption::empty(),
             steering: ArcSwapOption::empty(),
+            observatory: Observatory::default(),
             tokens,
             is_local,
             message_bytes_max,
@@ -199,6 +205,7 @@ fn router(context: &Arc<Context>) -> Router {
     Router::new()
         .nest("/api/v1", api)
         .merge(health::router())
+        .route("/metrics", axum::routing::get(metrics::metrics))
         .fallback(no_such_path)
         .with_state(context.clone())
 }

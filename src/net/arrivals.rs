@@ -101,17 +101,10 @@ impl Arrivals {
         match self.pace.lock().take(Instant::now(), limit, WAIT_MAX) {
             Some(Duration::ZERO) => Arrival::Now,
             Some(wait) => {
-                self.totals
-                    .connections_delayed
-                    .fetch_add(1, Ordering::Relaxed);
+                self.totals.connections_delayed.inc();
                 Arrival::After(wait)
             }
-            None => {
-                self.totals
-                    .connections_over_rate
-                    .fetch_add(1, Ordering::Relaxed);
-                Arrival::TooMany
-            }
+            None => Arrival::TooMany,
         }
     }
 }

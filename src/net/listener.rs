@@ -3,7 +3,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustls::InvalidMessage;
@@ -11,7 +10,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::yield_now;
-use tokio::time;
+use tokio::time::{self, Instant};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +21,7 @@ use super::proxy::{ProxyError, ProxyRules};
 use super::tls::{self, CurrentTls, TlsError, TlsFiles};
 use super::transport::Transport;
 use super::websocket::handshake::{self, HandshakeError, WebSocketRules};
+use crate::metrics::{ListenerTotals, Rejected};
 
 /// Connections that the kernel completes while we are busy. When a large fleet reconnects, those
 /// beyond it wait for their next SYN, a second or more. The kernel may cap it (`somaxconn`).
@@ -40,8 +40,8 @@ const ALPN_HTTP: &[u8] = b"http/1.1";
 /// A listener as configured.
 #[derive(Clone, Debug)]
 pub(crate) struct ListenerConfig {
-    /// For logs and metrics.
-    pub(crate) name: Arc<str>,
+    /// What it counts, and its name.
+    pub(crate) totals: Arc<ListenerTotals>,
     /// Port 0 lets the system choose; see [`Listener::local_addr`]. The IPv6 wildcard accepts
     /// IPv4 as well.
     pub(crate) bind: SocketAddr,
@@ -55,8 +55,6 @@ pub(crate) struct ListenerConfig {
     pub(crate) handshakes_max: usize,
     /// Whether proxies say who their clients are.
     pub(crate) proxy: Option<ProxyRules>,
-    /// Counts connections that end before their first byte.
-    pub(crate) probes: Arc<AtomicU64>,
 }
 
 /// What a listener speaks below MQTT.
@@ -97,8 +95,7 @@ pub(crate) enum ListenError {
 pub(crate) struct Accepted {
     pub(crate) transport: Transport,
     pub(crate) peer: SocketAddr,
-    /// The name of the listener.
-    pub(crate) listener: Arc<str>,
+    pub(crate) listener: Arc<ListenerTotals>,
     /// The Common Name of a verified client certificate.
     pub(crate) certificate_name: Option<Arc<str>>,
     /// Too many have come: it is to be refused.
@@ -107,14 +104,13 @@ pub(crate) struct Accepted {
 
 /// A bound socket; connections wait in the kernel until [`Listener::run`].
 pub(crate) struct Listener {
-    name: Arc<str>,
+    totals: Arc<ListenerTotals>,
     socket: TcpListener,
     local_addr: SocketAddr,
     handshake: Handshake,
     proxy: Option<Arc<ProxyRules>>,
     handshake_timeout: Duration,
     handshakes_max: usize,
-    probes: Arc<AtomicU64>,
 }
 
 /// What happens between the TCP connection and MQTT.
@@ -133,23 +129,23 @@ impl Listener {
     /// What the operator has to mend, in one line.
     pub(crate) async fn bind(config: ListenerConfig) -> Result<Self, ListenError> {
         let ListenerConfig {
-            name,
+            totals,
             bind: address,
             kind,
             handshake_timeout,
             handshakes_max,
             proxy,
-            probes,
         } = config;
+        let name = &totals.name;
         let handshake = Handshake::new(kind)
             .await
             .map_err(|error| ListenError::Tls {
-                name: Arc::clone(&name),
+                name: Arc::clone(name),
                 error,
             })?;
         let bound = listen(address).and_then(|socket| Ok((socket.local_addr()?, socket)));
         let (local_addr, socket) = bound.map_err(|error| {
-            let name = Arc::clone(&name);
+            let name = Arc::clone(name);
             match error.kind() {
                 io::ErrorKind::AddrInUse => ListenError::AddressInUse { name, address },
                 io::ErrorKind::PermissionDenied => ListenError::NotPermitted { name, address },
@@ -162,14 +158,13 @@ impl Listener {
             }
         })?;
         Ok(Self {
-            name,
+            totals,
             socket,
             local_addr,
             handshake,
             proxy: proxy.map(Arc::new),
             handshake_timeout,
             handshakes_max,
-            probes,
         })
     }
 
@@ -222,7 +217,7 @@ impl Listener {
                     let connection = Accepted {
                         transport: Transport::Tcp(stream),
                         peer,
-                        listener: Arc::clone(&self.name),
+                        listener: Arc::clone(&self.totals),
                         certificate_name: None,
                         is_over_rate: arrival == Arrival::TooMany,
                     };
@@ -266,11 +261,12 @@ impl Listener {
                 let is_over_rate = arrival == Arrival::TooMany;
                 if is_over_rate && self.handshake.is_costly() {
                     // It would take a handshake to say so.
+                    self.totals.rejected.of(Rejected::RateLimited).inc();
                     continue;
                 }
                 let (shutdown, handshake) = (shutdown.clone(), self.handshake.clone());
-                let (proxy, probes) = (self.proxy.clone(), Arc::clone(&self.probes));
-                let (name, timeout) = (Arc::clone(&self.name), self.handshake_timeout);
+                let (proxy, timeout) = (self.proxy.clone(), self.handshake_timeout);
+                let totals = Arc::clone(&self.totals);
                 let accepted = Arc::clone(&accepted);
                 handshakes.spawn(async move {
                     if let Arrival::After(wait) = arrival
@@ -285,7 +281,7 @@ impl Listener {
                         if let Some(proxy) = proxy {
                             peer = canonical(proxy.client(&mut stream, peer).await?);
                         }
-                        handshake.perform(stream, &mut peer).await
+                        handshake.perform(stream, &mut peer, &totals).await
                     });
                     let outcome = match shutdown.run_until_cancelled(established).await {
                         None => return,
@@ -297,19 +293,20 @@ impl Listener {
                         Ok((transport, certificate_name)) => accepted(Accepted {
                             transport,
                             peer,
-                            listener: name,
+                            listener: totals,
                             certificate_name,
                             is_over_rate,
                         }),
-                        Err(HandshakeFailure::Proxy(ProxyError::Probe)) => {
-                            probes.fetch_add(1, Ordering::Relaxed);
+                        Err(HandshakeFailure::Proxy(ProxyError::Probe)) => totals.probes.inc(),
+                        Err(error) => {
+                            totals.rejected.of(error.rejected()).inc();
+                            tracing::debug!(
+                                event = "handshake_failed",
+                                listener = %totals.name,
+                                %peer,
+                                %error,
+                            );
                         }
-                        Err(error) => tracing::debug!(
-                            event = "handshake_failed",
-                            listener = %name,
-                            %peer,
-                            %error,
-                        ),
                     }
                 });
             }
@@ -325,7 +322,7 @@ impl Listener {
             match self.socket.accept().await {
                 Ok((stream, peer)) => {
                     if failure.clear() {
-                        tracing::info!(event = "accept_recovered", listener = %self.name);
+                        tracing::info!(event = "accept_recovered", listener = %self.totals.name);
                     }
                     return (stream, canonical(peer));
                 }
@@ -334,7 +331,7 @@ impl Listener {
                     if failure.record() {
                         tracing::error!(
                             event = "accept_failed",
-                            listener = %self.name,
+                            listener = %self.totals.name,
                             %error,
                             "no new connections until this is over; if files ran out, raise the \
                              limit (ulimit -n)",
@@ -375,11 +372,12 @@ impl Handshake {
         &self,
         stream: TcpStream,
         peer: &mut SocketAddr,
+        totals: &ListenerTotals,
     ) -> Result<(Transport, Option<Arc<str>>), HandshakeFailure> {
         match self {
             Self::None => Ok((Transport::Tcp(stream), None)),
             Self::Tls(tls) => {
-                let (stream, name) = accept_tls(&tls.acceptor(), stream).await?;
+                let (stream, name) = accept_tls(&tls.acceptor(), stream, totals).await?;
                 Ok((Transport::Tls(Box::new(stream)), name))
             }
             Self::WebSocket(rules) => {
@@ -388,7 +386,7 @@ impl Handshake {
                 Ok((Transport::WebSocket(Box::new(stream)), None))
             }
             Self::WebSocketTls(tls, rules) => {
-                let (stream, name) = accept_tls(&tls.acceptor(), stream).await?;
+                let (stream, name) = accept_tls(&tls.acceptor(), stream, totals).await?;
                 let (stream, client) = handshake::accept(stream, *peer, rules).await?;
                 *peer = client;
                 Ok((Transport::WebSocketTls(Box::new(stream)), name))
@@ -400,11 +398,14 @@ impl Handshake {
 async fn accept_tls(
     acceptor: &TlsAcceptor,
     stream: TcpStream,
+    totals: &ListenerTotals,
 ) -> Result<(TlsStream<TcpStream>, Option<Arc<str>>), HandshakeFailure> {
+    let began = Instant::now();
     let stream = acceptor
         .accept(stream)
         .await
         .map_err(HandshakeFailure::from_tls)?;
+    totals.tls_handshake.observe(began.elapsed());
     let name = tls::common_name(stream.get_ref().1);
     Ok((stream, name))
 }
@@ -425,6 +426,15 @@ enum HandshakeFailure {
 }
 
 impl HandshakeFailure {
+    fn rejected(&self) -> Rejected {
+        match self {
+            Self::TimedOut(_) => Rejected::ConnectTimeout,
+            Self::Proxy(_) => Rejected::ProxyProtocolInvalid,
+            Self::NotTls | Self::Tls(_) => Rejected::TlsFailed,
+            Self::WebSocket(_) => Rejected::WebSocketFailed,
+        }
+    }
+
     fn from_tls(error: io::Error) -> Self {
         let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
         match cause {

@@ -78,6 +78,11 @@ impl PacketIo {
         }
     }
 
+    /// Of the next packet, if it has come.
+    pub(crate) fn first_byte(&self) -> Option<u8> {
+        self.input.get(self.consumed).copied()
+    }
+
     /// Writes what waits and, if `may_read`, reads what has come; ready when either got on.
     ///
     /// # Errors

@@ -28,6 +28,7 @@ use super::transport::Transport;
 use super::websocket::frame::tests::frame;
 use super::websocket::handshake::WebSocketRules;
 use super::*;
+use crate::metrics::ListenerTotals;
 
 const UPGRADE: &str = "GET /mqtt HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n\
                        Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
@@ -96,13 +97,12 @@ fn unlimited() -> Arc<Arrivals> {
 
 fn config(kind: ListenerKind) -> ListenerConfig {
     ListenerConfig {
-        name: "test".into(),
+        totals: Arc::new(ListenerTotals::new("test")),
         bind: "127.0.0.1:0".parse().unwrap(),
         kind,
         handshake_timeout: Duration::from_secs(60),
         handshakes_max: 16,
         proxy: None,
-        probes: Arc::default(),
     }
 }
 
@@ -233,7 +233,7 @@ async fn tcp_connection_is_handed_over_without_delay() {
     let mut accepted = running.accept().await;
 
     assert_eq!(accepted.peer, client.local_addr().unwrap());
-    assert_eq!(&*accepted.listener, "test");
+    assert_eq!(&*accepted.listener.name, "test");
     assert_eq!(accepted.certificate_name, None);
     let Transport::Tcp(stream) = &accepted.transport else {
         panic!("not TCP")
@@ -659,7 +659,7 @@ async fn header_is_not_taken_from_others_nor_without_sense() {
 #[tokio::test]
 async fn probe_is_counted() {
     let config = behind_proxies(ListenerKind::Tcp, "127.0.0.1", true);
-    let probes = config.probes.clone();
+    let totals = config.totals.clone();
     let running = Running::start_with(config).await;
     let mut probe = running.connect().await;
 
@@ -667,5 +667,5 @@ async fn probe_is_counted() {
 
     assert!(probe.read_u8().await.is_err());
     running.stop().await;
-    assert_eq!(probes.load(std::sync::atomic::Ordering::Relaxed), 1);
+    assert_eq!(totals.probes.get(), 1);
 }

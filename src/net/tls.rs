@@ -59,25 +59,38 @@ pub(crate) enum TlsError {
 #[derive(Debug)]
 pub(crate) struct CurrentTls {
     alpn: &'static [u8],
-    config: ArcSwap<ServerConfig>,
+    read: ArcSwap<ReadFiles>,
+}
+
+/// What the files of a listener came to.
+#[derive(Debug)]
+pub(crate) struct ReadFiles {
+    config: Arc<ServerConfig>,
+    /// When the server's certificate expires, in Unix seconds.
+    expires_at: Option<i64>,
 }
 
 impl CurrentTls {
     pub(super) async fn read(files: &TlsFiles, alpn: &'static [u8]) -> Result<Self, TlsError> {
-        let config = ArcSwap::new(server_config(files, alpn).await?);
-        Ok(Self { alpn, config })
+        let read = ArcSwap::from_pointee(server_config(files, alpn).await?);
+        Ok(Self { alpn, read })
     }
 
     pub(crate) fn alpn(&self) -> &'static [u8] {
         self.alpn
     }
 
-    pub(crate) fn replace(&self, config: Arc<ServerConfig>) {
-        self.config.store(config);
+    pub(crate) fn replace(&self, read: ReadFiles) {
+        self.read.store(Arc::new(read));
+    }
+
+    /// When the server's certificate expires, in Unix seconds.
+    pub(crate) fn expires_at(&self) -> Option<i64> {
+        self.read.load().expires_at
     }
 
     pub(super) fn acceptor(&self) -> TlsAcceptor {
-        self.config.load_full().into()
+        self.read.load().config.clone().into()
     }
 }
 
@@ -86,14 +99,16 @@ impl CurrentTls {
 ///
 /// # Errors
 /// The first thing that is wrong with the files.
-pub(crate) async fn server_config(
-    files: &TlsFiles,
-    alpn: &[u8],
-) -> Result<Arc<ServerConfig>, TlsError> {
+pub(crate) async fn server_config(files: &TlsFiles, alpn: &[u8]) -> Result<ReadFiles, TlsError> {
     // Named here, so that it does not depend on what else is linked into the program.
     let provider = Arc::new(aws_lc_rs::default_provider());
     let certificates = read_certificates(&files.certificate).await?;
     let key = read_key(&files.key).await?;
+    let leaf = certificates.first();
+    let expires_at = leaf.and_then(|leaf| {
+        let (_, leaf) = x509_parser::parse_x509_certificate(leaf).ok()?;
+        Some(leaf.validity().not_after.timestamp())
+    });
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(TlsError::Setup)?;
@@ -135,7 +150,10 @@ pub(crate) async fn server_config(
     config.send_tls13_tickets = 1;
     // Tickets that the client keeps, instead of sessions that we would have to keep.
     config.ticketer = aws_lc_rs::Ticketer::new().map_err(TlsError::Setup)?;
-    Ok(Arc::new(config))
+    Ok(ReadFiles {
+        config: Arc::new(config),
+        expires_at,
+    })
 }
 
 async fn read_certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {

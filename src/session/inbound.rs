@@ -179,6 +179,11 @@ impl Session {
         }
     }
 
+    /// QoS 1 and 2 publications of this connection whose exchange has not ended.
+    pub(crate) fn unacknowledged(&self) -> u16 {
+        self.inbound.unacknowledged
+    }
+
     /// QoS 1 and 2 publications that may wait for an answer of ours.
     pub(crate) fn receive_maximum(&self) -> u16 {
         self.inbound.receive_maximum

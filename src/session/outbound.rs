@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::connect::Terms;
 use super::{Action, Now, Reply, ReplyKind, Session};
+use crate::metrics::{Arrival, Dropped};
 use crate::mqtt::encode::{PublishHeader, TopicAlias, publish_length};
 use crate::mqtt::packet::Acknowledgement;
 use crate::mqtt::{Message, PacketId, QoS, ReasonCode};
@@ -22,6 +23,8 @@ pub(crate) struct Delivery {
     /// Of all matching subscriptions that have one, [MQTT-3.3.4-3].
     pub(crate) subscription_identifiers: Option<Arc<[u32]>>,
     pub(crate) origin: Origin,
+    /// None if it has waited in an inbox.
+    pub(crate) arrival: Arrival,
 }
 
 /// Where a message waits until the client has taken it over.
@@ -374,9 +377,17 @@ impl Session {
         }
     }
 
-    /// Turns a message into the PUBLISH that carries it; `None` if it has expired or is larger than
-    /// the client takes, [MQTT-3.1.2-25], or is half-way through an exchange already.
-    pub(crate) fn deliver(&mut self, delivery: Delivery, now: Now) -> Option<Outgoing> {
+    /// Turns a message into the PUBLISH that carries it; `None` if it is half-way through an exchange
+    /// already.
+    ///
+    /// # Errors
+    /// Why it will never be delivered: it has expired, or is larger than the client takes,
+    /// [MQTT-3.1.2-25].
+    pub(crate) fn deliver(
+        &mut self,
+        delivery: Delivery,
+        now: Now,
+    ) -> Result<Option<Outgoing>, Dropped> {
         let unfinished = match delivery.origin {
             Origin::Memory => None,
             origin if self.outbound.in_flight.unfinished.is_empty() => {
@@ -386,11 +397,11 @@ impl Session {
             origin => self.outbound.in_flight.unfinished.remove(&origin),
         };
         if let Some(packet_id) = unfinished {
-            return self.deliver_again(packet_id, delivery, now);
+            return Ok(self.deliver_again(packet_id, delivery, now));
         }
         if delivery.message.is_expired(now.unix_ms) {
             self.settle(delivery.origin);
-            return None;
+            return Err(Dropped::Expired);
         }
         let mut outgoing = Outgoing {
             message_expiry_interval: remaining(&delivery.message, now),
@@ -411,7 +422,7 @@ impl Session {
                 publish_length(&outgoing.delivery.message, &outgoing.header(), self.version);
             if length > self.outbound.maximum_packet_size as usize {
                 self.settle(outgoing.delivery.origin);
-                return None;
+                return Err(Dropped::TooLarge);
             }
         }
         let origin = outgoing.delivery.origin;
@@ -449,7 +460,7 @@ impl Session {
                 outgoing.topic_alias = None;
             }
         }
-        Some(outgoing)
+        Ok(Some(outgoing))
     }
 
     /// Repeats a delivery of an earlier connection, if the client has not finished it meanwhile.

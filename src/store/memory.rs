@@ -84,6 +84,10 @@ impl Store for MemoryStore {
         Ok(chunks)
     }
 
+    fn kind(&self) -> &'static str {
+        "memory"
+    }
+
     async fn close(&self) {}
 }
 

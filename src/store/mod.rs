@@ -8,6 +8,7 @@
 
 pub(crate) mod embedded;
 pub(crate) mod memory;
+pub(crate) mod metered;
 pub(crate) mod mongodb;
 
 mod format;
@@ -66,6 +67,9 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     /// # Errors
     /// `StoreError` if they cannot be read; none of them is lost.
     async fn read_inbox(&self, range: InboxRange) -> Result<Vec<Chunk>, StoreError>;
+
+    /// What it is, in the words of `store.kind`.
+    fn kind(&self) -> &'static str;
 
     /// Finishes the writes and reads that have begun; afterwards another process may open the same
     /// data. The last call to a store.

@@ -88,6 +88,70 @@ async fn any_node_tells_of_the_whole_cluster() {
     assert_eq!(status, 204);
 }
 
+/// The value of a sample of `/metrics`.
+fn sample(address: SocketAddr, series: &str) -> Option<f64> {
+    let (status, body) = ask(address, "GET", "/metrics").unwrap();
+    assert_eq!(status, 200, "{body}");
+    let line = body.lines().find(|line| {
+        line.strip_prefix(series)
+            .is_some_and(|rest| rest.starts_with(' '))
+    })?;
+    line.rsplit_once(' ')?.1.parse().ok()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_of_a_cluster_has_metrics_of_the_bus_and_of_its_peers() {
+    let set = ReplicaSet::start(1).await;
+    let database = Database::on(set.uri());
+    let mut cluster = Cluster::start(vec![database.settings(), database.settings()]).await;
+    let http = [0, 1].map(|node| cluster.node(node).http_address());
+    for address in http {
+        wait_for_lbz(address, 200).await;
+    }
+    let address = cluster.node(1).address();
+    let _client = Client::connect(address, &Connect::persistent(Version::V5, "a")).await;
+
+    let page = include_str!("../../docs/metrics.md");
+    let names = page.lines().filter_map(|line| line.strip_prefix("| `"));
+    let names = names.filter_map(|row| Some(row.split_once('`')?.0));
+    let (_, body) = ask(http[0], "GET", "/metrics").unwrap();
+    // The listener has no certificate that could expire.
+    for name in names.filter(|name| !name.starts_with("midge_tls_")) {
+        let has = |line: &str| {
+            line.strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with(['{', ' ', '_']))
+        };
+        assert!(
+            body.lines().any(has),
+            "{name} is documented and not exposed"
+        );
+    }
+    for (series, at_least) in [
+        ("midge_cluster_nodes{state=\"ready\"}", 2.0),
+        ("midge_cluster_bus_connected", 1.0),
+        (
+            "midge_cluster_bus_messages_received_total{kind=\"session\"}",
+            1.0,
+        ),
+        ("midge_cluster_bus_roundtrip_duration_seconds_count", 1.0),
+        ("midge_cluster_sessions{state=\"online\"}", 1.0),
+        (
+            "midge_store_operations_total{operation=\"heartbeat\",result=\"ok\"}",
+            1.0,
+        ),
+    ] {
+        let end = Instant::now() + DEADLINE;
+        while sample(http[0], series).is_none_or(|value| value < at_least) {
+            assert!(
+                Instant::now() < end,
+                "{series}: {:?}",
+                sample(http[0], series)
+            );
+            sleep(POLL_PAUSE).await;
+        }
+    }
+}
+
 /// Balancers that keep connections on 404 would cut off every client on 503.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_mongodb_is_alive_and_asks_for_no_new_clients() {

@@ -18,6 +18,7 @@ mod ctl;
 mod health;
 mod hostile;
 mod messages;
+mod metrics;
 mod openapi;
 mod operate;
 mod overload;

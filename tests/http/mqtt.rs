@@ -48,6 +48,17 @@ impl Client {
         assert_eq!((kind, body.last()), (0x90, Some(&1)));
     }
 
+    /// Publishes with QoS 1 and waits for PUBACK.
+    #[track_caller]
+    pub(crate) fn publish(&mut self, topic: &str, payload: &[u8]) {
+        let mut body = text(topic);
+        body.extend([0, 1, 0]);
+        body.extend(payload);
+        self.send(0x32, &body);
+        let (kind, _) = self.receive();
+        assert_eq!(kind, 0x40);
+    }
+
     fn send(&mut self, first: u8, body: &[u8]) {
         let length = u8::try_from(body.len()).unwrap();
         assert!(length < 128);

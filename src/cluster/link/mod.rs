@@ -20,7 +20,7 @@ mod tests;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bus::wire::{self, Header, Item, Signal, Stamp, Stream};
 use crate::bus::{Bus, Destination};
+use crate::metrics::{BusFailure, By, Counter, Histogram, Traffic};
 
 pub(crate) use marks::Marks;
 
@@ -104,6 +105,8 @@ struct Sending {
     unordered: Vec<(u32, Bytes)>,
     unordered_bytes: usize,
     next_beat: Instant,
+    /// The frame with the last beat, and when it was made, until it has come back.
+    beat: Option<(u64, Instant)>,
     /// What was ever added to a stream, counted.
     added: u64,
 }
@@ -125,23 +128,22 @@ struct Membership {
 /// Totals since the start.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
-    pub(crate) frames_sent: AtomicU64,
-    pub(crate) frames_received: AtomicU64,
-    pub(crate) items_sent: AtomicU64,
-    pub(crate) items_received: AtomicU64,
+    pub(crate) frames_sent: Counter,
+    pub(crate) bytes_sent: Counter,
+    pub(crate) frames_received: Counter,
+    pub(crate) sent: By<Traffic, Counter>,
+    pub(crate) received: By<Traffic, Counter>,
     /// Frames that were asked for again, and sent again.
-    pub(crate) resends: AtomicU64,
+    pub(crate) resends: Counter,
     /// Times that frames of other nodes were missing and asked for.
-    pub(crate) gaps: AtomicU64,
+    pub(crate) gaps: Counter,
     /// Times that they could not be had.
-    pub(crate) lost: AtomicU64,
-    pub(crate) duplicates: AtomicU64,
-    pub(crate) malformed: AtomicU64,
-    /// Times that something was too large for a frame, or that frames waited too long to be sent
-    /// and were left out.
-    pub(crate) left_out: AtomicU64,
-    /// Calls of the bus that failed.
-    pub(crate) send_failures: AtomicU64,
+    pub(crate) lost: Counter,
+    pub(crate) duplicates: Counter,
+    pub(crate) malformed: Counter,
+    pub(crate) failures: By<BusFailure, Counter>,
+    /// From a beat to its return from the bus.
+    pub(crate) roundtrip: Histogram,
 }
 
 impl Links {
@@ -158,6 +160,7 @@ impl Links {
                 unordered: Vec::new(),
                 unordered_bytes: 0,
                 next_beat: Instant::now(),
+                beat: None,
                 added: 0,
             }),
             // Until frames are sent.
@@ -181,7 +184,9 @@ impl Links {
         loop {
             let (frames, added) = self.seal();
             if !frames.is_empty() {
-                count(&self.counters.frames_sent, frames.len() as u64);
+                self.counters.frames_sent.add(frames.len() as u64);
+                let bytes: usize = frames.iter().map(|(_, frame)| frame.len()).sum();
+                self.counters.bytes_sent.add(bytes as u64);
                 self.carry(frames, stop).await;
             }
             let is_idle = self.carriage.borrow().carried == added;
@@ -212,7 +217,7 @@ impl Links {
             let outcome = match timeout(CARRY_TIMEOUT, &mut sending).await {
                 Ok(outcome) => outcome,
                 Err(late) => {
-                    self.note_failure(&late);
+                    self.note_failure(BusFailure::Timeout, &late);
                     sending.await
                 }
             };
@@ -226,7 +231,7 @@ impl Links {
                     }
                     return;
                 }
-                Err(error) => self.note_failure(&error),
+                Err(error) => self.note_failure(BusFailure::Error, &error),
             }
             if stop.is_cancelled() {
                 return;
@@ -235,8 +240,8 @@ impl Links {
         }
     }
 
-    fn note_failure(&self, reason: &dyn fmt::Display) {
-        count(&self.counters.send_failures, 1);
+    fn note_failure(&self, failure: BusFailure, reason: &dyn fmt::Display) {
+        self.counters.failures.of(failure).inc();
         let failed = self
             .carriage
             .send_if_modified(|carriage| !std::mem::replace(&mut carriage.is_failing, true));
@@ -248,6 +253,26 @@ impl Links {
     /// Whether the bus does not carry frames at the moment.
     pub(crate) fn is_failing(&self) -> bool {
         self.carriage.borrow().is_failing
+    }
+
+    /// Whether frames go by the way that they should.
+    pub(crate) fn is_bus_connected(&self) -> bool {
+        self.bus.is_connected() && !self.is_failing()
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// The bus has brought back what this node sent to all.
+    fn hear_echo(&self, header: &Header) {
+        let mut sending = self.sending.lock();
+        let is_beat = |(sequence, _): &mut (u64, Instant)| *sequence == header.sequence;
+        if header.stream == Stream::All
+            && let Some((_, at)) = sending.beat.take_if(is_beat)
+        {
+            self.counters.roundtrip.observe(at.elapsed());
+        }
     }
 
     /// Waits until the bus has everything that was given to [`Links::send`] before. Returns whether
@@ -278,7 +303,7 @@ impl Links {
     /// Queues an item, without waiting. When the bus does not keep up, the oldest are left out and
     /// the other end learns that they are lost.
     pub(crate) fn send(&self, to: Destination, item: &Item) {
-        count(&self.counters.items_sent, 1);
+        self.counters.sent.of(item.traffic()).inc();
         self.add(to, |frame| item.put(frame));
     }
 
@@ -340,7 +365,7 @@ impl Links {
         sending.added += 1;
         let bytes_max = sending.stream_bytes_max();
         if !sending.outgoing(to).add(bytes_max, put) {
-            count(&self.counters.left_out, 1);
+            self.counters.failures.of(BusFailure::LeftOut).inc();
         }
         drop(sending);
         self.work.notify_one();
@@ -371,7 +396,7 @@ impl Links {
         let again = outgoing.again(&range);
         for frame in again.frames {
             if sending.add_unordered(to, frame) {
-                count(&self.counters.resends, 1);
+                self.counters.resends.inc();
             }
         }
         drop(sending);
@@ -410,6 +435,7 @@ impl Links {
             unordered,
             unordered_bytes,
             next_beat,
+            beat,
             added,
         } = &mut *sending;
         *unordered_bytes = 0;
@@ -430,6 +456,7 @@ impl Links {
                 .map(|(node, outgoing)| (*node, outgoing.last()))
                 .collect();
             all.add(STREAM_BYTES_MAX, |frame| Signal::Beat { sent }.put(frame));
+            *beat = Some((all.last(), now));
         }
         let sealed = all.seal(self.node, stamp).into_iter();
         frames.extend(sealed.map(|frame| (Destination::All, frame)));
@@ -462,10 +489,6 @@ impl Sending {
 
 fn new_direct() -> Outgoing {
     Outgoing::new(Stream::Direct)
-}
-
-fn count(counter: &AtomicU64, by: u64) {
-    counter.fetch_add(by, Ordering::Relaxed);
 }
 
 impl fmt::Debug for Links {

@@ -8,7 +8,7 @@ use tokio::time::{self, Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::incoming::{Incoming, NACK_INTERVAL, Repair};
-use super::{Handler, Links, count};
+use super::{Handler, Links};
 use crate::bus::INTERRUPTION;
 use crate::bus::wire::{Content, Frame, Header, Signal, Stream};
 
@@ -71,7 +71,7 @@ impl<'a> Receiver<'a> {
         let frame = match Frame::read(bytes) {
             Ok(frame) => frame,
             Err(problem) => {
-                count(&self.links.counters.malformed, 1);
+                self.links.counters.malformed.inc();
                 if self.malformed.insert(problem.from()) {
                     tracing::warn!(
                         event = "frame_malformed",
@@ -89,10 +89,13 @@ impl<'a> Receiver<'a> {
             sequence,
             ..
         } = frame.header;
-        if from == self.links.node || self.links.is_gone(from) {
+        if from == self.links.node {
+            return self.links.hear_echo(&frame.header);
+        }
+        if self.links.is_gone(from) {
             return;
         }
-        count(&self.links.counters.frames_received, 1);
+        self.links.counters.frames_received.inc();
         self.links.clock.observe(&frame.header);
         if sequence == 0 {
             for content in &frame.contents {
@@ -101,7 +104,7 @@ impl<'a> Receiver<'a> {
                 }
             }
         } else if !self.peer(from).stream(stream).accept(frame) {
-            count(&self.links.counters.duplicates, 1);
+            self.links.counters.duplicates.inc();
         }
         self.advance(from);
     }
@@ -131,7 +134,7 @@ impl<'a> Receiver<'a> {
                 match self.peer(from).stream(stream).repair(Instant::now()) {
                     Repair::Nothing => break,
                     Repair::Ask(range) => {
-                        count(&self.links.counters.gaps, 1);
+                        self.links.counters.gaps.inc();
                         let (first, last) = range.into_inner();
                         self.links.signal(
                             from,
@@ -158,7 +161,7 @@ impl<'a> Receiver<'a> {
         for content in contents {
             match content {
                 Content::Item(item) => {
-                    count(&self.links.counters.items_received, 1);
+                    self.links.counters.received.of(item.traffic()).inc();
                     self.handler.receive(&header, item);
                 }
                 Content::Signal(Signal::Beat { sent }) => self.hear_beat(&header, &sent),
@@ -210,7 +213,7 @@ impl<'a> Receiver<'a> {
     }
 
     fn lose(&self, from: u32) {
-        count(&self.links.counters.lost, 1);
+        self.links.counters.lost.inc();
         tracing::warn!(
             event = "frames_lost",
             from,

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::env;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use async_trait::async_trait;
 use tokio::task::JoinHandle;
@@ -252,10 +252,6 @@ async fn until(is_so: impl Fn() -> bool) {
     }
 }
 
-fn count_of(counter: &AtomicU64) -> u64 {
-    counter.load(Ordering::Relaxed)
-}
-
 /// Faults by a printed seed, once the bus is rough.
 fn chance(is_rough: &Arc<AtomicBool>) -> impl Fn(&Frame) -> Fault + Send + Sync + 'static {
     let seed = env::var("MIDGE_TEST_SEED").map_or_else(
@@ -348,8 +344,8 @@ async fn the_last_frame_before_silence_is_missed() {
 
     let events = two.heard.wait_for_count(3).await;
     assert_eq!(events, received(Stream::Direct, 0..3));
-    assert_eq!(count_of(&two.links.counters.gaps), 1);
-    assert_eq!(count_of(&one.links.counters.resends), 1);
+    assert_eq!(two.links.counters.gaps.get(), 1);
+    assert_eq!(one.links.counters.resends.get(), 1);
     one.stop().await;
     two.stop().await;
     mongod.end().await;
@@ -372,9 +368,9 @@ async fn what_was_overwritten_before_it_was_read_is_lost_and_the_rest_comes() {
     // More than the collection, the reader's buffers and the frames kept to be sent again.
     one.say(Destination::Node(2), 0..1);
     for _ in 0..12 {
-        let sent = count_of(&one.links.counters.frames_sent);
+        let sent = one.links.counters.frames_sent.get();
         (0..100).for_each(|_| one.links.send(Destination::Node(2), &large));
-        until(|| count_of(&one.links.counters.frames_sent) >= sent + 100).await;
+        until(|| one.links.counters.frames_sent.get() >= sent + 100).await;
     }
     one.say(Destination::Node(2), 1..3);
     two.heard = Arc::default();
@@ -401,7 +397,7 @@ async fn what_is_missing_from_a_node_that_is_gone_is_lost() {
     let two = Node::start(&mongod, 2, no_fault).await;
     two.links.set_alive(&[1, 2]);
     one.say(Destination::Node(2), 0..1);
-    until(|| count_of(&two.links.counters.gaps) > 0).await;
+    until(|| two.links.counters.gaps.get() > 0).await;
 
     two.links.set_alive(&[2]);
 
@@ -423,7 +419,7 @@ async fn what_nobody_sends_again_is_lost_and_the_rest_comes() {
     let two = Node::start(&mongod, 2, no_fault).await;
 
     one.say(Destination::Node(2), 0..1);
-    until(|| count_of(&two.links.counters.gaps) > 0).await;
+    until(|| two.links.counters.gaps.get() > 0).await;
     one.say(Destination::Node(2), 1..2);
 
     let events = two.heard.wait_for_count(2).await;
@@ -446,7 +442,7 @@ async fn a_node_that_joins_hears_no_history() {
 
     let events = three.heard.wait_for_count(10).await;
     assert_eq!(events, received(Stream::All, 10..20));
-    assert_eq!(count_of(&three.links.counters.gaps), 0);
+    assert_eq!(three.links.counters.gaps.get(), 0);
     for node in [one, two, three] {
         node.stop().await;
     }
@@ -515,7 +511,7 @@ async fn a_mark_does_not_overtake_what_was_sent_before_it() {
 
     one.say(Destination::Node(2), 0..1);
     one.advance(10);
-    until(|| count_of(&two.links.counters.gaps) > 0).await;
+    until(|| two.links.counters.gaps.get() > 0).await;
     assert_eq!(two.links.marks().safe(), 0, "beats came, the item did not");
     is_mended.store(true, Ordering::Release);
     two.links.marks().reached(10).await;

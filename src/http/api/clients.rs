@@ -211,7 +211,7 @@ impl From<ClientView> for Client {
         let seconds = |duration: Duration| duration.as_secs();
         let connection = view.presence.map(|presence| Connection {
             address: presence.peer.to_string(),
-            listener: presence.listener.to_string(),
+            listener: presence.listener.name.to_string(),
             user_name: presence.user_name.as_deref().map(str::to_owned),
             connected_at: rfc3339(presence.connected_at),
             clean_start: presence.clean_start,

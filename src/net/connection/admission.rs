@@ -8,17 +8,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{CLOSE_TIMEOUT, Connection, ConnectionContext, Greeting, authorize, now};
-use crate::auth::{Answer, Credentials, Identity, Request, Verdict};
+use crate::auth::{Answer, AuthenticationError, Credentials, Identity, Request, Verdict};
 use crate::broker::LastTopic;
 use crate::broker::flush::Receipt;
 use crate::broker::inspect::Presence;
 use crate::broker::sessions::{NotOpened, Opened};
 use crate::broker::sys::ClientEvent;
-use crate::metrics::Tally;
+use crate::metrics::{
+    Arrival, Asked, Authentication, ListenerTotals, Method, Rejected, Tally, Throttle, Totals,
+    Violation,
+};
 use crate::mqtt::decode::{connack_version, decode};
+use crate::mqtt::packet::PacketType;
 use crate::mqtt::{Packet, ProtocolVersion, ReasonCode};
 use crate::net::arrivals::Pace;
 use crate::net::listener::Accepted;
@@ -44,11 +48,46 @@ pub(super) enum ConnectError {
         reason: String,
         code: ReasonCode,
         version: ProtocolVersion,
+        cause: Rejected,
     },
     #[error("{0}")]
     Unreadable(ReadError, ReasonCode, ProtocolVersion),
     #[error("another connection with the same client id came")]
     Superseded,
+}
+
+impl ConnectError {
+    /// Counts a connection that is not established.
+    pub(super) fn count(&self, totals: &Totals, listener: &ListenerTotals) {
+        let violation = match self {
+            Self::Malformed(ReadError::Malformed(error)) => Some(error.reason_code()),
+            Self::Malformed(ReadError::TooLarge { .. }) => Some(ReasonCode::PacketTooLarge),
+            Self::NotConnect => Some(ReasonCode::ProtocolError),
+            Self::Unreadable(_, code, _) => Some(*code),
+            Self::Io(_) | Self::Probe | Self::Timeout | Self::Refused { .. } | Self::Superseded => {
+                None
+            }
+        };
+        let is_version = |code: &ReasonCode| *code == ReasonCode::UnsupportedProtocolVersion;
+        let cause = match self {
+            Self::Probe => return listener.probes.inc(),
+            Self::Io(_) => Rejected::NetworkError,
+            Self::Timeout => Rejected::ConnectTimeout,
+            Self::NotConnect => Rejected::NotMqtt,
+            Self::Malformed(_) | Self::Unreadable(..)
+                if violation.is_some_and(|c| is_version(&c)) =>
+            {
+                Rejected::UnsupportedVersion
+            }
+            Self::Malformed(_) | Self::Unreadable(..) => Rejected::Malformed,
+            Self::Refused { cause, .. } => *cause,
+            Self::Superseded => Rejected::SessionTakenOver,
+        };
+        listener.rejected.of(cause).inc();
+        if let Some(code) = violation.filter(|code| !is_version(code)) {
+            totals.violations.of(Violation::of(code)).inc();
+        }
+    }
 }
 
 /// Reads CONNECT, lets the client in and answers.
@@ -66,10 +105,10 @@ pub(super) async fn open(
     } = accepted;
     let limits = context.limits.load_full();
     let mut io = PacketIo::new(transport, limits.packet_bytes_max as usize);
-    let mut tally = Tally::default();
+    let mut since = Instant::now();
     let admitted = async {
         let frame = read_first_frame(&mut io, context.connect_timeout).await?;
-        tally.packets_received += 1;
+        since = Instant::now();
         let newcomer = Newcomer {
             peer,
             certificate_name,
@@ -80,7 +119,10 @@ pub(super) async fn open(
     };
     let (terms, identity) = match admitted.await {
         Ok(admitted) => admitted,
-        Err(error) => return Err(Box::new((error, io))),
+        Err(error) => {
+            listener.bytes_received.add(io.take_bytes_read());
+            return Err(Box::new((error, io)));
+        }
     };
     let node = &context.node;
     let opened = match node.connect(&terms).await {
@@ -93,6 +135,7 @@ pub(super) async fn open(
                 reason: error.to_string(),
                 code: ReasonCode::ServerUnavailable,
                 version: terms.version,
+                cause: Rejected::StoreUnavailable,
             };
             return Err(Box::new((refused, io)));
         }
@@ -108,7 +151,7 @@ pub(super) async fn open(
         event = "client_connected",
         client_id = %terms.client_id,
         %peer,
-        %listener,
+        listener = %listener.name,
         user_name = identity.user_name.as_deref(),
         version = ?terms.version,
         session_present,
@@ -125,6 +168,7 @@ pub(super) async fn open(
         expiry_interval: terms.expiry_interval,
         connected_at: now.unix_ms,
         in_flight: AtomicU16::new(0),
+        unacknowledged: AtomicU16::new(0),
     });
     node.clients.introduce(&connected.mailbox, &presence);
     let durable = connected.mailbox.is_durable();
@@ -138,6 +182,7 @@ pub(super) async fn open(
             receipt,
             terms,
             session_present,
+            since,
         })),
         io,
         session,
@@ -157,7 +202,10 @@ pub(super) async fn open(
         timer,
         pace: Pace::default(),
         pause: None,
-        tally,
+        pause_cause: Throttle::PublishRate,
+        throttled: None,
+        read_at: Arrival::NONE,
+        tally: Tally::default(),
         input_left: true,
         context: context.clone(),
     }))
@@ -169,6 +217,10 @@ async fn read_first_frame(
 ) -> Result<Vec<u8>, ConnectError> {
     let read = async {
         loop {
+            // Of another protocol: the rest of what would be its first packet may never come.
+            if io.first_byte().is_some_and(|byte| byte >> 4 != 1) {
+                return Err(ConnectError::NotConnect);
+            }
             if let Some(frame) = io.next_frame()? {
                 return Ok(frame.to_vec());
             }
@@ -198,16 +250,23 @@ struct Newcomer {
 
 impl Newcomer {
     /// Why it is not even looked at, whoever it is.
-    fn is_turned_away(&self, context: &ConnectionContext) -> Option<(&'static str, ReasonCode)> {
+    fn is_turned_away(
+        &self,
+        context: &ConnectionContext,
+    ) -> Option<(&'static str, ReasonCode, Rejected)> {
         if context.sends_away.load(Ordering::Relaxed) {
-            Some(("the node is being drained", ReasonCode::UseAnotherServer))
+            let reason = "the node is being drained";
+            Some((reason, ReasonCode::UseAnotherServer, Rejected::Draining))
         } else if context.node.overload.refuses_connections() {
-            Some(("memory is short", ReasonCode::ServerBusy))
+            let reason = "memory is short";
+            Some((reason, ReasonCode::ServerBusy, Rejected::Overloaded))
         } else if self.is_over_rate {
             let reason = "too many connections in this second";
-            Some((reason, ReasonCode::ConnectionRateExceeded))
+            let code = ReasonCode::ConnectionRateExceeded;
+            Some((reason, code, Rejected::RateLimited))
         } else if self.count > context.connections_max.load(Ordering::Relaxed) {
-            Some(("too many connections", ReasonCode::ServerBusy))
+            let reason = "too many connections";
+            Some((reason, ReasonCode::ServerBusy, Rejected::ConnectionLimit))
         } else {
             None
         }
@@ -232,22 +291,33 @@ async fn admit(
         }
         Err(_) => return Err(ConnectError::NotConnect),
     };
+    let totals = &context.node.totals;
+    totals.packets_received.of(PacketType::Connect).inc();
     let version = connect.version;
-    let refused = |reason: String, code| ConnectError::Refused {
+    let refused = |reason: String, code, cause| ConnectError::Refused {
         reason,
         code,
         version,
+        cause,
     };
-    if let Some((reason, code)) = newcomer.is_turned_away(context) {
-        return Err(refused(reason.to_owned(), code));
+    if let Some((reason, code, cause)) = newcomer.is_turned_away(context) {
+        return Err(refused(reason.to_owned(), code, cause));
     }
     let Newcomer {
         peer,
         certificate_name,
         ..
     } = newcomer;
-    let mut terms = Terms::agree(&connect, limits, assigned_client_id)
-        .map_err(|refusal: Refusal| refused(refusal.to_string(), refusal.reason_code()))?;
+    let mut terms =
+        Terms::agree(&connect, limits, assigned_client_id).map_err(|refusal: Refusal| {
+            let cause = match refusal {
+                Refusal::EmptyClientId | Refusal::ClientIdTooLong { .. } => {
+                    Rejected::ClientIdInvalid
+                }
+                Refusal::AuthenticationMethod | Refusal::WillTopic => Rejected::NotSupported,
+            };
+            refused(refusal.to_string(), refusal.reason_code(), cause)
+        })?;
     let credentials = Credentials {
         client_id: terms.client_id.clone(),
         user_name: connect.user_name.map(Into::into),
@@ -255,15 +325,44 @@ async fn admit(
         peer,
         certificate_name,
     };
+    let method = match &credentials {
+        Credentials {
+            certificate_name: Some(_),
+            password: None,
+            ..
+        } => Method::Certificate,
+        Credentials {
+            user_name: None,
+            password: None,
+            ..
+        } => Method::Anonymous,
+        _ => Method::Password,
+    };
+    let authentications = totals.authentications.of(method);
     let answer = match context.authenticator.authenticate(credentials) {
         Answer::Now(answer) => answer,
         Answer::Later(answer) => answer.await,
     };
     let user_name = match answer {
-        Ok(user_name) => user_name,
+        Ok(user_name) => {
+            authentications.of(Authentication::Allowed).inc();
+            user_name
+        }
         Err(error) => {
+            let (outcome, cause) = match &error {
+                AuthenticationError::BadCredentials => {
+                    (Authentication::Denied, Rejected::BadCredentials)
+                }
+                AuthenticationError::NotAuthorized => {
+                    (Authentication::Denied, Rejected::NotAuthorized)
+                }
+                AuthenticationError::Unavailable(_) => {
+                    (Authentication::Error, Rejected::AuthUnavailable)
+                }
+            };
+            authentications.of(outcome).inc();
             tracing::warn!(event = "connect_denied", client_id = %terms.client_id, %peer, user_name = connect.user_name, reason = %error);
-            return Err(refused(error.to_string(), error.reason_code()));
+            return Err(refused(error.to_string(), error.reason_code(), cause));
         }
     };
     let identity = Identity {
@@ -283,11 +382,13 @@ async fn admit(
             Request::Publish { topic, qos, retain },
         )
         .await;
+        totals.authorized(Asked::Publish, verdict == Verdict::Allow);
         if let Verdict::Deny { rule } = verdict {
             tracing::warn!(event = "will_denied", client_id = %terms.client_id, topic, rule = %rule);
             return Err(refused(
                 format!("the will may not be published to {topic:?}"),
                 ReasonCode::NotAuthorized,
+                Rejected::NotAuthorized,
             ));
         }
     }
@@ -295,7 +396,12 @@ async fn admit(
 }
 
 /// Answers a CONNECT that was not accepted, as far as its client can understand an answer.
-pub(super) async fn refuse(mut io: PacketIo, error: &ConnectError) {
+pub(super) async fn refuse(
+    mut io: PacketIo,
+    error: &ConnectError,
+    totals: &Totals,
+    listener: &ListenerTotals,
+) {
     let (code, version) = match error {
         ConnectError::Refused { code, version, .. }
         | ConnectError::Unreadable(_, code, version) => (*code, *version),
@@ -312,7 +418,9 @@ pub(super) async fn refuse(mut io: PacketIo, error: &ConnectError) {
     if malformed && !version.is_v5() || matches!(error, ConnectError::Superseded) {
         return;
     }
-    io.write(&Packet::ConnAck(Box::new(refusing_connack(code))), version);
+    let bytes = io.write(&Packet::ConnAck(Box::new(refusing_connack(code))), version);
+    totals.packets_sent.of(PacketType::ConnAck).inc();
+    listener.bytes_sent.add(bytes as u64);
     // The client may be gone; there is nobody else to tell.
     let _ = timeout(CLOSE_TIMEOUT, io.close()).await;
 }

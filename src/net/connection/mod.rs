@@ -11,7 +11,7 @@ use std::io;
 use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -33,8 +33,10 @@ use crate::broker::retained::RetainedWalk;
 use crate::broker::sessions::{Connected, WillFate};
 use crate::broker::sys::ClientEvent;
 use crate::broker::{LastTopic, Node, Publisher};
-use crate::metrics::Tally;
-use crate::mqtt::packet::{Acknowledgement, Disconnect, SubscribeAcknowledgement};
+use crate::metrics::{
+    Arrival, Asked, Closed, Dropped, Rejected, Tally, Throttle, Violation, Where,
+};
+use crate::mqtt::packet::{Acknowledgement, Disconnect, PacketType, SubscribeAcknowledgement};
 use crate::mqtt::property::Properties;
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, Packet, PacketId, QoS, ReasonCode};
@@ -59,8 +61,6 @@ pub(crate) struct ConnectionContext {
     pub(crate) connections: AtomicUsize,
     /// The node is being drained: whoever comes is sent to another one.
     pub(crate) sends_away: AtomicBool,
-    /// Connections that ended before their first byte, as health checks of load balancers do.
-    pub(crate) probes: Arc<AtomicU64>,
 }
 
 /// Why a connection ended.
@@ -116,7 +116,7 @@ const RETAINED_STEP: usize = 256;
 pub(crate) async fn serve(accepted: Accepted, context: Arc<ConnectionContext>) {
     let count = context.connections.fetch_add(1, Ordering::Relaxed) + 1;
     let totals = &context.node.totals;
-    totals.connections.fetch_add(1, Ordering::Relaxed);
+    totals.connections.inc();
     totals
         .connected_maximum
         .fetch_max(count as u64, Ordering::Relaxed);
@@ -130,12 +130,12 @@ pub(crate) async fn serve(accepted: Accepted, context: Arc<ConnectionContext>) {
         }
         Err(refused) => {
             let (error, io) = *refused;
-            if matches!(error, ConnectError::Probe) {
-                context.probes.fetch_add(1, Ordering::Relaxed);
-            } else {
+            if !matches!(error, ConnectError::Probe) {
+                let listener = &listener.name;
                 tracing::debug!(event = "connect_refused", %peer, %listener, reason = %error);
             }
-            Box::pin(admission::refuse(io, &error)).await;
+            error.count(totals, &listener);
+            Box::pin(admission::refuse(io, &error, totals, &listener)).await;
         }
     }
     context.connections.fetch_sub(1, Ordering::Relaxed);
@@ -146,6 +146,8 @@ struct Greeting {
     receipt: Receipt,
     terms: Terms,
     session_present: bool,
+    /// When CONNECT had been read.
+    since: Instant,
 }
 
 /// An accepted client.
@@ -178,6 +180,11 @@ struct Connection {
     pace: Pace,
     /// Until then nothing is read of a client that publishes too fast.
     pause: Option<Pin<Box<Sleep>>>,
+    pause_cause: Throttle,
+    /// Why nothing is read of it, as the totals know.
+    throttled: Option<Throttle>,
+    /// When the packets that are handled were read.
+    read_at: Arrival,
     tally: Tally,
     /// Whether packets may have been read and not yet been handled.
     input_left: bool,
@@ -188,7 +195,8 @@ struct Connection {
 const GOODBYE_READS_MAX: usize = 16;
 
 enum Pending {
-    Reply(Reply),
+    /// With when the publication came that it answers, if it is the first answer.
+    Reply(Reply, Arrival),
     SubAck {
         packet_id: PacketId,
         reasons: Vec<ReasonCode>,
@@ -208,7 +216,7 @@ impl Pending {
     fn known(&mut self) -> Option<&mut BoxFuture<'static, ()>> {
         match self {
             Self::SubAck { known, .. } => known.as_mut(),
-            Self::Reply(_) | Self::UnsubAck { .. } | Self::Publish(_) => None,
+            Self::Reply(..) | Self::UnsubAck { .. } | Self::Publish(_) => None,
         }
     }
 
@@ -291,11 +299,10 @@ impl Connection {
             self.walk_retained();
             self.deliver_messages().await;
             self.io.write_some().await.map_err(CloseReason::Io)?;
-            self.context.node.totals.add(&mut self.tally);
-            let in_flight = self.session.in_flight();
-            self.presence.in_flight.store(in_flight, Ordering::Relaxed);
+            self.count();
 
             let may_read = self.may_read();
+            self.note_throttle();
             if (self.input_left && may_read) || self.may_walk() {
                 tokio::task::yield_now().await;
                 continue;
@@ -326,6 +333,23 @@ impl Connection {
                 }
             }
         }
+    }
+
+    /// Adds up what this turn has counted.
+    fn count(&mut self) {
+        let totals = &self.context.node.totals;
+        if self.tally.has_answered_at_once()
+            && let Some((took, _)) = self.read_at.age(Instant::now())
+        {
+            self.tally.turn_took(took, totals);
+        }
+        self.tally.add_to(totals, &self.presence.listener);
+        let in_flight = self.session.in_flight();
+        self.presence.in_flight.store(in_flight, Ordering::Relaxed);
+        let unacknowledged = self.session.unacknowledged();
+        self.presence
+            .unacknowledged
+            .store(unacknowledged, Ordering::Relaxed);
     }
 
     fn obey(&mut self, order: Order) -> Result<(), CloseReason> {
@@ -360,6 +384,10 @@ impl Connection {
         if let Some(greeting) = self.unanswered.take() {
             let answer = greeting.terms.accept(greeting.session_present);
             self.send(&Packet::ConnAck(Box::new(answer)));
+            let listener = &self.presence.listener;
+            listener.connect.observe(greeting.since.elapsed());
+            listener.opened.inc();
+            listener.connections.of(self.session.version()).inc();
         }
         Ok(())
     }
@@ -367,11 +395,36 @@ impl Connection {
     /// Whether packets may be taken from the client now: it has to wait for what it published
     /// before, for the flush, for a subscriber that is behind, or because it publishes too fast.
     fn may_read(&self) -> bool {
-        self.io.output_bytes() < OUTPUT_MAX
-            && self.pending.len() < usize::from(self.session.receive_maximum())
-            && self.crowded.is_none()
-            && self.pause.is_none()
-            && self.context.node.flusher.has_room()
+        self.throttle().is_none()
+    }
+
+    /// What it has to wait for.
+    fn throttle(&self) -> Option<Throttle> {
+        if self.io.output_bytes() >= OUTPUT_MAX {
+            Some(Throttle::Output)
+        } else if self.pending.len() >= usize::from(self.session.receive_maximum())
+            || !self.context.node.flusher.has_room()
+        {
+            Some(Throttle::Store)
+        } else if self.crowded.is_some() {
+            Some(Throttle::SlowSubscriber)
+        } else {
+            self.pause.as_ref().map(|_| self.pause_cause)
+        }
+    }
+
+    fn note_throttle(&mut self) {
+        let throttle = self.throttle();
+        if throttle == self.throttled {
+            return;
+        }
+        let gauges = &self.context.node.totals.throttled;
+        if let Some(before) = std::mem::replace(&mut self.throttled, throttle) {
+            gauges.of(before).dec();
+        }
+        if let Some(now) = throttle {
+            gauges.of(now).inc();
+        }
     }
 
     fn may_deliver(&self) -> bool {
@@ -414,6 +467,7 @@ impl Connection {
     /// Handles the packets that have been read.
     async fn receive_packets(&mut self) -> Result<(), CloseReason> {
         let now = now();
+        self.read_at = Arrival::new(now.instant, Where::Local);
         let version = self.session.version();
         loop {
             if !self.may_read() {
@@ -427,9 +481,17 @@ impl Connection {
                 self.input_left = false;
                 break;
             };
-            self.tally.packets_received += 1;
-            self.tally.publishes_received += u64::from(matches!(packet, Packet::Publish(_)));
+            let packet_type = packet.packet_type();
+            self.tally.packet_received(packet_type);
+            let in_flight = self.session.in_flight();
             self.session.receive(packet, now)?;
+            if self.session.in_flight() < in_flight {
+                let exactly_once = packet_type != PacketType::PubAck;
+                self.tally.acknowledged(match exactly_once {
+                    true => QoS::ExactlyOnce,
+                    false => QoS::AtLeastOnce,
+                });
+            }
             self.session.take_actions(&mut self.actions);
             self.perform_actions().await?;
         }
@@ -465,7 +527,7 @@ impl Connection {
     fn perform(&mut self, action: Action) {
         match action {
             Action::Persist(change) => self.persist(change),
-            Action::Reply(reply) => self.reply(self.last_receipt, reply),
+            Action::Reply(reply) => self.reply(self.last_receipt, reply, Arrival::NONE),
             Action::Unsubscribe(request) => self.unsubscribe(request),
             Action::Settle(origin) => self.settle_later(origin),
             Action::EndExchange { origin, packet_id } => self.end_exchange(origin, packet_id),
@@ -480,16 +542,16 @@ impl Connection {
     fn keep_pace(&mut self) {
         let context = &self.context;
         let mut wait = Duration::ZERO;
+        self.pause_cause = Throttle::PublishRate;
         if let Some(limit) = NonZeroU32::new(context.publish_rate.load(Ordering::Relaxed)) {
             let turn = self.pace.take(Instant::now(), limit, Duration::MAX);
             wait = turn.unwrap_or_default();
         }
         if context.node.overload.paces_publishers() {
             wait = wait.max(OVERLOADED_PAUSE);
+            self.pause_cause = Throttle::Overload;
         }
         if !wait.is_zero() {
-            let paused = &context.node.totals.publishers_paused;
-            paused.fetch_add(1, Ordering::Relaxed);
             self.pause = Some(Box::pin(sleep(wait)));
         }
     }
@@ -514,6 +576,7 @@ impl Connection {
         let refused = match verdict {
             Verdict::Deny { rule } => {
                 let client_id = &self.identity.client_id;
+                self.context.node.totals.authorized(Asked::Publish, false);
                 tracing::warn!(event = "publish_denied", %client_id, topic = message.topic(), rule = %rule);
                 Some(ReasonCode::NotAuthorized)
             }
@@ -525,7 +588,8 @@ impl Connection {
         if let Some(reason) = refused {
             if let Some(packet_id) = packet_id {
                 self.session.refuse_publish(packet_id);
-                self.reply(self.last_receipt, publish_reply(qos, packet_id, reason));
+                let reply = publish_reply(qos, packet_id, reason);
+                self.reply(self.last_receipt, reply, self.read_at);
             }
             return;
         }
@@ -538,11 +602,13 @@ impl Connection {
         let publisher = Publisher {
             client_id: &self.identity.client_id,
             mailbox: Some(mailbox),
+            arrival: self.read_at,
         };
         let published = self
             .context
             .node
             .publish(&message, publisher, &mut self.last_topic, with);
+        self.tally.published(qos, published.matched);
         self.last_receipt = self.last_receipt.max(published.receipt);
         if let Some(crowded) = published.crowded
             && !Arc::ptr_eq(&crowded, mailbox)
@@ -555,7 +621,8 @@ impl Connection {
             } else {
                 ReasonCode::NoMatchingSubscribers
             };
-            self.reply(self.last_receipt, publish_reply(qos, packet_id, reason));
+            let reply = publish_reply(qos, packet_id, reason);
+            self.reply(self.last_receipt, reply, self.read_at);
         }
     }
 
@@ -609,15 +676,20 @@ impl Connection {
         }
     }
 
-    /// Sends a reply once `receipt` is durable, and after all replies before it.
-    fn reply(&mut self, receipt: Receipt, reply: Reply) {
+    /// Sends a reply once `receipt` is durable, and after all replies before it. `asked` is when the
+    /// publication came that it answers.
+    fn reply(&mut self, receipt: Receipt, reply: Reply, asked: Arrival) {
         if self.pending.is_empty()
             && self.context.node.flusher.is_durable(receipt)
             && !self.connected.mailbox.is_lost()
         {
             self.send_reply(reply);
+            if asked != Arrival::NONE {
+                self.tally.answered_at_once(qos_of(reply));
+            }
         } else {
-            self.pending.push_back((receipt, Pending::Reply(reply)));
+            self.pending
+                .push_back((receipt, Pending::Reply(reply, asked)));
         }
     }
 
@@ -634,18 +706,27 @@ impl Connection {
     }
 
     fn send(&mut self, packet: &Packet<'_>) {
-        self.tally.packets_sent += 1;
+        self.tally.packet_sent(packet.packet_type());
         self.tally.bytes_sent += self.io.write(packet, self.session.version()) as u64;
     }
 
-    fn send_publish(&mut self, outgoing: &Outgoing) {
-        self.tally.packets_sent += 1;
-        self.tally.publishes_sent += 1;
+    fn send_publish(&mut self, outgoing: &Outgoing, now: Instant) {
+        let (qos, totals) = (outgoing.delivery.qos, &self.context.node.totals);
+        self.tally.packet_sent(PacketType::Publish);
+        let age = outgoing.delivery.arrival.age(now);
+        self.tally.delivered(qos, age, totals);
+        if outgoing.dup {
+            totals.messages_redelivered.of(qos).inc();
+        }
         self.tally.bytes_sent += self.io.write_publish(outgoing, self.session.version()) as u64;
     }
 
     /// Sends what has become durable.
     fn send_durable(&mut self) {
+        if self.pending.is_empty() {
+            return;
+        }
+        let now = Instant::now();
         while let Some((receipt, pending)) = self.pending.front_mut()
             && pending.known().is_none()
             && self.context.node.flusher.is_durable(*receipt)
@@ -655,7 +736,13 @@ impl Connection {
                 return;
             };
             match pending {
-                Pending::Reply(reply) => self.send_reply(reply),
+                Pending::Reply(reply, asked) => {
+                    self.send_reply(reply);
+                    if let Some((after, _)) = asked.age(now) {
+                        let totals = &self.context.node.totals;
+                        self.tally.answered(qos_of(reply), after, totals);
+                    }
+                }
                 Pending::SubAck {
                     packet_id,
                     reasons,
@@ -678,7 +765,7 @@ impl Connection {
                         properties,
                     }));
                 }
-                Pending::Publish(outgoing) => self.send_publish(&outgoing),
+                Pending::Publish(outgoing) => self.send_publish(&outgoing, now),
             }
         }
     }
@@ -713,9 +800,11 @@ impl Connection {
                 let request = Request::Receive {
                     topic: delivery.message.topic(),
                 };
-                if let Verdict::Deny { .. } =
-                    authorize(&self.context.node, &self.identity, request).await
-                {
+                let verdict = authorize(&self.context.node, &self.identity, request).await;
+                let totals = &self.context.node.totals;
+                totals.authorized(Asked::Receive, verdict == Verdict::Allow);
+                if verdict != Verdict::Allow {
+                    totals.dropped.of(Dropped::AclDenied).inc();
                     self.settle_later(delivery.origin);
                     continue;
                 }
@@ -726,12 +815,13 @@ impl Connection {
             actions.drain(..).for_each(|action| self.perform(action));
             self.actions = actions;
             match outgoing {
-                Some(outgoing) if outgoing.after_durable => {
+                Ok(Some(outgoing)) if outgoing.after_durable => {
                     self.pending
                         .push_back((self.last_receipt, Pending::Publish(Box::new(outgoing))));
                 }
-                Some(outgoing) => self.send_publish(&outgoing),
-                None => {}
+                Ok(Some(outgoing)) => self.send_publish(&outgoing, now.instant),
+                Ok(None) => {}
+                Err(reason) => self.context.node.totals.dropped.of(reason).inc(),
             }
         }
         self.settle();
@@ -785,9 +875,10 @@ impl Connection {
             let asked = Request::Subscribe {
                 filter: filter.filter.as_str(),
             };
-            if let Verdict::Deny { rule } =
-                authorize(&self.context.node, &self.identity, asked).await
-            {
+            let verdict = authorize(&self.context.node, &self.identity, asked).await;
+            let totals = &self.context.node.totals;
+            totals.authorized(Asked::Subscribe, verdict == Verdict::Allow);
+            if let Verdict::Deny { rule } = verdict {
                 let client_id = &self.identity.client_id;
                 tracing::warn!(event = "subscribe_denied", %client_id, topic = %filter, rule = %rule);
                 reasons.push(ReasonCode::NotAuthorized);
@@ -889,7 +980,9 @@ impl Connection {
                 retain: true,
                 subscription_identifiers: walk.identifiers.clone(),
                 origin: Origin::Memory,
+                arrival: Arrival::NONE,
             };
+            node.totals.retained_delivered.inc();
             match &mut additions {
                 Some(additions) if qos > QoS::AtMostOnce => {
                     additions.enqueue(mailbox, delivery, None);
@@ -924,6 +1017,10 @@ impl Connection {
             CloseReason::Drained(_) => WillFate::Defer,
             _ => WillFate::Publish,
         };
+        if let Some(throttled) = self.throttled.take() {
+            self.context.node.totals.throttled.of(throttled).dec();
+        }
+        reason.count(&self.context.node, &self);
         if let (Some(_), Some(code)) = (self.unanswered.take(), reason.reason_code()) {
             self.send(&Packet::ConnAck(Box::new(refuse(code))));
         } else if let (Some(code), true) = (reason.reason_code(), version.is_v5()) {
@@ -941,10 +1038,11 @@ impl Connection {
             context,
             mut tally,
             identity,
+            presence,
             ..
         } = *self;
         let node = &context.node;
-        node.totals.add(&mut tally);
+        tally.add_to(&node.totals, &presence.listener);
         node.disconnect(connected, consumer, session.into_exchanges(), will)
             .await;
         tracing::debug!(event = "client_disconnected", client_id = %identity.client_id, reason = %reason);
@@ -955,6 +1053,76 @@ impl Connection {
 }
 
 impl CloseReason {
+    /// Counts the end of a connection, established or not.
+    fn count(&self, node: &Node, connection: &Connection) {
+        let totals = &node.totals;
+        let listener = &connection.presence.listener;
+        if let Some(violation) = self.violation() {
+            totals.violations.of(violation).inc();
+        }
+        if matches!(self, Self::TakenOver) {
+            let by = match connection.connected.mailbox.is_lost() {
+                true => Where::Remote,
+                false => Where::Local,
+            };
+            totals.sessions_taken_over.of(by).inc();
+        }
+        if connection.unanswered.is_some() {
+            listener.rejected.of(self.rejected()).inc();
+        } else {
+            listener.closed.of(self.closed()).inc();
+            let version = connection.session.version();
+            listener.connections.of(version).dec();
+        }
+    }
+
+    fn violation(&self) -> Option<Violation> {
+        match self {
+            Self::Malformed(_) | Self::Protocol(_) => self.reason_code().map(Violation::of),
+            _ => None,
+        }
+    }
+
+    fn closed(&self) -> Closed {
+        match self {
+            Self::ClientDisconnected {
+                with_will: false, ..
+            } => Closed::ClientDisconnect,
+            Self::ClientDisconnected {
+                with_will: true, ..
+            } => Closed::ClientDisconnectWithWill,
+            Self::ClientClosed | Self::Io(_) => Closed::NetworkError,
+            Self::Malformed(ReadError::TooLarge { .. }) => Closed::PacketTooLarge,
+            Self::Protocol(ProtocolError::ReceiveMaximumExceeded { .. }) => {
+                Closed::ReceiveMaximumExceeded
+            }
+            Self::Malformed(_) | Self::Protocol(_) => Closed::ProtocolError,
+            Self::KeepAliveTimeout => Closed::KeepAliveTimeout,
+            Self::TakenOver => Closed::SessionTakenOver,
+            Self::QueueFull => Closed::SlowConsumer,
+            Self::AccessRevoked => Closed::NotAuthorized,
+            Self::Shutdown | Self::Drained(_) => Closed::Drained,
+            Self::Kicked(_) => Closed::Kicked,
+            Self::Store(_) => Closed::StoreUnavailable,
+        }
+    }
+
+    /// The same before CONNACK was sent.
+    fn rejected(&self) -> Rejected {
+        match self {
+            Self::TakenOver => Rejected::SessionTakenOver,
+            Self::AccessRevoked => Rejected::NotAuthorized,
+            Self::Shutdown | Self::Drained(_) | Self::Kicked(_) => Rejected::Draining,
+            Self::Store(_) => Rejected::StoreUnavailable,
+            Self::Malformed(_) | Self::Protocol(_) => Rejected::Malformed,
+            Self::ClientDisconnected { .. }
+            | Self::ClientClosed
+            | Self::Io(_)
+            | Self::KeepAliveTimeout
+            | Self::QueueFull => Rejected::NetworkError,
+        }
+    }
+
     fn from_io(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::UnexpectedEof => Self::ClientClosed,
@@ -977,6 +1145,14 @@ impl CloseReason {
             Self::Drained(reason) | Self::Kicked(reason) => Some(*reason),
             Self::Store(_) => Some(ReasonCode::ServerUnavailable),
         }
+    }
+}
+
+/// Of the publication that a reply of ours answers first.
+fn qos_of(reply: Reply) -> QoS {
+    match reply.kind {
+        ReplyKind::PubAck => QoS::AtLeastOnce,
+        ReplyKind::PubRec | ReplyKind::PubRel | ReplyKind::PubComp => QoS::ExactlyOnce,
     }
 }
 

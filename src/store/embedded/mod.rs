@@ -162,6 +162,10 @@ impl Store for EmbeddedStore {
         self.read(move |tables| read_inbox(tables, range)).await
     }
 
+    fn kind(&self) -> &'static str {
+        "embedded"
+    }
+
     async fn close(&self) {
         let Some(writer) = self.writer.lock().take() else {
             return;

@@ -143,10 +143,17 @@ impl Commands {
 
     /// The first documents that `query` asks for: as many as one answer holds.
     pub(super) async fn find(&self, query: Query) -> Result<Vec<RawDocumentBuf>, StoreError> {
+        self.first_batch(query.into_command()).await
+    }
+
+    /// As much of what a command has a cursor for as one answer holds.
+    pub(super) async fn first_batch(
+        &self,
+        command: RawDocumentBuf,
+    ) -> Result<Vec<RawDocumentBuf>, StoreError> {
         let database = self.database.clone();
-        let find = query.into_command();
         let batch = async move {
-            let mut cursor = database.run_raw_cursor_command(find).batch().await?;
+            let mut cursor = database.run_raw_cursor_command(command).batch().await?;
             cursor.next().await.transpose()
         };
         match self.finish(batch).await.map_err(StoreError::from)? {

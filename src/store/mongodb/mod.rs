@@ -10,6 +10,7 @@ mod batch;
 mod clients;
 mod commands;
 mod documents;
+mod estimates;
 mod garbage;
 mod held;
 mod import;
@@ -47,6 +48,7 @@ use super::{
 use crate::mqtt::PacketId;
 
 pub(crate) use self::clients::{ClientRow, ClientsAsked};
+pub(crate) use self::estimates::Estimates;
 pub(crate) use self::log::{LogAction, LogEntry, LogOp, SharedSession};
 pub(crate) use self::nodes::{NodeRow, NodeState};
 pub(crate) use self::open::{Leftover, OpenRequest, OpenedSession};
@@ -355,6 +357,10 @@ impl Store for MongoStore {
         let (chunks, ended) =
             tokio::try_join!(self.read_chunks(range), self.has_ended(range.session))?;
         Ok(if ended { Vec::new() } else { chunks })
+    }
+
+    fn kind(&self) -> &'static str {
+        "mongodb"
     }
 
     async fn close(&self) {

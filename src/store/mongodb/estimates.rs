@@ -1,0 +1,74 @@
+//! How much there is of everything, roughly and cheaply: what the server counts anyway, an index, and a
+//! sample.
+
+use bson::rawdoc;
+
+use super::MongoStore;
+use super::commands::{array, integer};
+use super::documents::{INBOX, RETAINED, SESSIONS, read_chunk};
+use crate::store::StoreError;
+
+/// Chunks of inboxes that are looked into. All of them, if there are not more.
+const SAMPLE_CHUNKS: i64 = 100;
+
+/// What is in the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Estimates {
+    pub(crate) sessions_online: u64,
+    pub(crate) sessions_offline: u64,
+    /// In inboxes. Of many, as many as the chunks would hold if all were like those of a sample.
+    pub(crate) messages: u64,
+    /// Those that have expired and are not yet removed included.
+    pub(crate) retained: u64,
+}
+
+impl MongoStore {
+    /// Counts what is in the store, as far as that costs little.
+    ///
+    /// # Errors
+    /// `StoreError` if the server does not answer.
+    pub(crate) async fn estimates(&self) -> Result<Estimates, StoreError> {
+        let online = rawdoc! {
+            "count": SESSIONS,
+            "query": { "c": true, "n": { "$gte": 0 } },
+            "hint": { "n": 1 },
+        };
+        let online = self.count(online).await?;
+        let sessions = self.count(rawdoc! { "count": SESSIONS }).await?;
+        let chunks = self.count(rawdoc! { "count": INBOX }).await?;
+        let retained = self.count(rawdoc! { "count": RETAINED }).await?;
+        Ok(Estimates {
+            sessions_online: online,
+            sessions_offline: sessions.saturating_sub(online),
+            messages: self.messages_in(chunks).await?,
+            retained,
+        })
+    }
+
+    async fn count(&self, command: bson::raw::RawDocumentBuf) -> Result<u64, StoreError> {
+        let answer = self.commands.run(command).await?;
+        let count = integer(&answer, "n").ok_or(StoreError::Damaged { what: "a count" })?;
+        Ok(u64::try_from(count).unwrap_or(0))
+    }
+
+    async fn messages_in(&self, chunks: u64) -> Result<u64, StoreError> {
+        if chunks == 0 {
+            return Ok(0);
+        }
+        let sample = rawdoc! { "$sample": { "size": SAMPLE_CHUNKS } };
+        let aggregate = rawdoc! {
+            "aggregate": INBOX,
+            "pipeline": array([sample]),
+            "cursor": { "batchSize": SAMPLE_CHUNKS as i32 },
+        };
+        let (mut sampled, mut messages) = (0, 0);
+        for document in self.commands.first_batch(aggregate).await? {
+            sampled += 1;
+            messages += read_chunk(&document)?.entries.len() as u64;
+        }
+        if sampled == 0 {
+            return Ok(0);
+        }
+        Ok(messages * chunks.max(sampled) / sampled)
+    }
+}
