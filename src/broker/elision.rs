@@ -258,7 +258,11 @@ impl Node {
         for (mailbox, key) in undecided.accepted {
             let session = mailbox.session;
             if mailbox.decide(key, is_written((session, key))) {
-                additions.persist(Change::Dequeue { session, key });
+                additions.persist(Change::Dequeue {
+                    session,
+                    key,
+                    guard: None,
+                });
             }
         }
     }

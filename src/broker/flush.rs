@@ -859,6 +859,7 @@ impl Additions<'_> {
                 gathering.changes.push(Change::Dequeue {
                     session: mailbox.session,
                     key: done.key,
+                    guard: None,
                 });
             }
         }
@@ -871,6 +872,7 @@ impl Additions<'_> {
             self.persist(Change::Dequeue {
                 session,
                 key: chunk.key,
+                guard: None,
             })
         } else {
             self.persist(Change::Shorten { session, chunk })

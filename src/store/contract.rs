@@ -854,6 +854,7 @@ pub(crate) async fn last_change_of_a_write_wins<F: Fixture>() {
     let dequeue = |key| Change::Dequeue {
         session: session(1),
         key,
+        guard: None,
     };
     let retained = Retained {
         message: message("a", b"x"),
@@ -906,6 +907,7 @@ pub(crate) async fn changes_may_be_applied_twice<F: Fixture>() {
         Change::Dequeue {
             session: session(1),
             key: chunk(4, 1).key,
+            guard: None,
         },
         Change::Release {
             session: session(1),
@@ -951,6 +953,7 @@ pub(crate) async fn removing_what_is_not_there_does_nothing<F: Fixture>() {
         Change::Dequeue {
             session: session(1),
             key: at(1),
+            guard: None,
         },
         Change::Release {
             session: session(1),
@@ -981,6 +984,7 @@ pub(crate) async fn inbox_is_summarised<F: Fixture>() {
     .chain([Change::Dequeue {
         session: session(1),
         key: at(1),
+        guard: None,
     }]);
     let expected = InboxSummary {
         head: Some(at(3)),

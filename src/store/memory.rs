@@ -121,7 +121,7 @@ impl State {
                 .with(*session, |session| {
                     session.inbox.insert(chunk.key, chunk.entries.clone());
                 }),
-            Change::Dequeue { session, key } => self.with(*session, |session| {
+            Change::Dequeue { session, key, .. } => self.with(*session, |session| {
                 session.inbox.remove(key);
             }),
             Change::AwaitRelease { session, packet_id } => self.with(*session, |session| {

@@ -248,7 +248,13 @@ pub(crate) enum Change {
     /// Replaces a chunk by what of it has not been acknowledged, if it is still there.
     Shorten { session: SessionId, chunk: Chunk },
     /// Removes a chunk whose messages are all done with.
-    Dequeue { session: SessionId, key: MessageId },
+    Dequeue {
+        session: SessionId,
+        key: MessageId,
+        /// The session of the member of a share group whose exchange ends with it: neither may be
+        /// written without the other, nor once another node has taken that session.
+        guard: Option<SessionId>,
+    },
     /// An incoming QoS 2 PUBLISH was accepted: its identifier is in use until PUBREL.
     AwaitRelease {
         session: SessionId,

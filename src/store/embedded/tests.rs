@@ -341,6 +341,7 @@ async fn drained_inbox_has_no_head() {
     )
     .await;
     let dequeue = |hlc| Change::Dequeue {
+        guard: None,
         session: session(1),
         key: MessageId {
             hlc,

@@ -157,7 +157,7 @@ fn stage(tables: &Tables, batch: &mut OwnedWriteBatch, change: &Change) {
             let key = format::inbox_key(*session, chunk.key);
             batch.insert(&tables.inbox, key, format::chunk_value(&chunk.entries));
         }
-        Change::Dequeue { session, key } => {
+        Change::Dequeue { session, key, .. } => {
             batch.remove(&tables.inbox, format::inbox_key(*session, *key))
         }
         Change::AwaitRelease { session, packet_id } => {

@@ -41,7 +41,9 @@ pub(super) enum InboxChange<'a> {
         guard: Option<SessionId>,
     },
     Shorten(&'a Chunk),
-    Remove,
+    Remove {
+        guard: Option<SessionId>,
+    },
 }
 
 impl<'a> Batch<'a> {
@@ -112,13 +114,23 @@ impl<'a> Batch<'a> {
                         chunk,
                         guard: *guard,
                     },
-                    Some(InboxChange::Remove) => InboxChange::Remove,
+                    Some(InboxChange::Remove { guard }) => InboxChange::Remove { guard: *guard },
                     Some(InboxChange::Shorten(_)) | None => InboxChange::Shorten(chunk),
                 };
                 self.inbox.insert(key, shortened);
             }
-            Change::Dequeue { session, key } => {
-                self.inbox.insert((*session, *key), InboxChange::Remove);
+            Change::Dequeue {
+                session,
+                key,
+                guard,
+            } => {
+                let known = match self.inbox.get(&(*session, *key)) {
+                    Some(InboxChange::Remove { guard }) => *guard,
+                    _ => None,
+                };
+                let guard = guard.or(known);
+                self.inbox
+                    .insert((*session, *key), InboxChange::Remove { guard });
             }
             Change::AwaitRelease { session, packet_id } => {
                 if let Some(session) = self.living(*session) {
@@ -170,8 +182,10 @@ impl<'a> Batch<'a> {
             let one_by_one = |entry: &Entry| entry.qos != QoS::ExactlyOnce;
             match change {
                 InboxChange::Put { chunk, guard: None } => chunk.entries.iter().all(one_by_one),
-                InboxChange::Put { .. } => false,
-                InboxChange::Shorten(_) | InboxChange::Remove => !sessions.contains_key(session),
+                InboxChange::Put { .. } | InboxChange::Remove { guard: Some(_) } => false,
+                InboxChange::Shorten(_) | InboxChange::Remove { guard: None } => {
+                    !sessions.contains_key(session)
+                }
             }
         };
         self.inbox.extract_if(is_plain).collect()
@@ -189,7 +203,8 @@ impl<'a> Batch<'a> {
         self.inbox.retain(|_, change| match change {
             InboxChange::Put {
                 guard: Some(guard), ..
-            } => !lost.contains(guard),
+            }
+            | InboxChange::Remove { guard: Some(guard) } => !lost.contains(guard),
             _ => true,
         });
     }
