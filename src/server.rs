@@ -224,6 +224,7 @@ impl BrokerBuilder {
         tasks.spawn(async move { trimming.run_trimming().await });
         let runtime = node.clone();
         tasks.spawn(async move { runtime.watch_runtime().await });
+        tasks.spawn(node.clone().run_groups());
         let deadlines = node.clone();
         tasks.spawn(async move { deadlines.run_deadlines().await });
         if let Some(interval) = config.sys.interval.get() {
@@ -804,8 +805,6 @@ pub(crate) fn connect_limits(config: &Config) -> ConnectLimits {
             u16::try_from(max.as_secs()).unwrap_or(u16::MAX)
         }),
         session_expiry_max: session_expiry_max(config),
-        // A group needs one node that serves it.
-        shared_subscriptions: config.store.kind != config::StoreKind::MongoDb,
         response_prefix: config.session.response_prefix.as_deref().map(Into::into),
         in_flight_max: config.session.in_flight_max.get(),
     }

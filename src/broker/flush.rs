@@ -457,7 +457,9 @@ impl Flusher {
             return Vec::new();
         };
         let elsewhere = sealed.later.iter();
-        let elsewhere = elsewhere.filter(|(mailbox, _)| mailbox.holder().is_some());
+        // A share group's node does not know yet who will get it.
+        let is_offered = |mailbox: &Mailbox| mailbox.holder().is_some() && mailbox.group.is_none();
+        let elsewhere = elsewhere.filter(|(mailbox, _)| is_offered(mailbox));
         for (mailbox, place) in sealed.on_their_way.iter().chain(elsewhere) {
             held.wait_for(mailbox, *place, now_ms);
         }

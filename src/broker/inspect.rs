@@ -407,6 +407,12 @@ impl Node {
             return Vec::new();
         };
         let mut views = self.subscriptions.of(&mailbox);
+        let seats = self.seats_of(client_id).into_iter();
+        views.extend(seats.map(|(filter, options, identifier)| SubscriptionView {
+            filter,
+            options,
+            identifier,
+        }));
         let groups = self.groups.lock();
         views.extend(groups.values().filter_map(|group| {
             let (options, identifier) = group.terms_of(client_id)?;

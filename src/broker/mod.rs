@@ -15,6 +15,7 @@ pub(crate) mod mailbox;
 mod peers;
 pub(crate) mod retained;
 mod routes;
+mod seats;
 pub(crate) mod sessions;
 mod shared;
 pub(crate) mod subscriptions;
@@ -35,6 +36,7 @@ use crate::cluster::Cluster;
 use crate::metrics::{Arrival, Source, Totals};
 use crate::mqtt::{Message, QoS, SubscriptionFilter};
 use crate::overload::Overload;
+use crate::session::Origin;
 use crate::store::{Change, Retained, SessionId, Store};
 use clients::Clients;
 use consumer::{Consumer, Inbox};
@@ -44,6 +46,7 @@ use mailbox::{Mailbox, MailboxLimits};
 use peers::Peers;
 use retained::RetainedMessages;
 use routes::Routes;
+use seats::Seats;
 use sessions::Deadlines;
 use shared::SharedSessions;
 use subscriptions::{Matches, Subscriptions};
@@ -72,6 +75,7 @@ pub(crate) struct Node {
     shared: SharedSessions,
     peers: Peers,
     routes: Routes,
+    seats: Seats,
     pub(crate) clients: Clients,
     pub(crate) subscriptions: Subscriptions,
     pub(crate) retained: RetainedMessages,
@@ -135,6 +139,7 @@ impl Node {
             shared: SharedSessions::default(),
             peers: Peers::default(),
             routes: Routes::default(),
+            seats: Seats::default(),
             clients: Clients::new(),
             subscriptions: Subscriptions::new(),
             retained: RetainedMessages::default(),
@@ -230,7 +235,11 @@ impl Node {
         for group in &matches.groups {
             match &mut additions {
                 Some(additions) if group.stores(qos) => {
-                    group.enqueue(message, publisher.arrival, additions)
+                    group.enqueue(message, publisher.arrival, additions, guard);
+                }
+                _ if group.mailbox().holder().is_some() => {
+                    let delivery = group.delivery(message, Origin::Memory, publisher.arrival);
+                    self.pass(group.mailbox(), delivery);
                 }
                 _ => {
                     if group.push(message, publisher.arrival) {

@@ -32,7 +32,9 @@ use crate::mqtt::{Message, PacketId, QoS, SubscriptionFilter};
 use crate::session::connect::Terms;
 use crate::session::outbound::InFlight;
 use crate::session::{Delivery, Exchanges, Origin};
-use crate::store::mongodb::{Leftover, LogAction, LogEntry, LogOp, OpenRequest, SharedSession};
+use crate::store::mongodb::{
+    GroupPlace, Leftover, LogAction, LogEntry, LogOp, OpenRequest, SharedSession,
+};
 use crate::store::{
     Change, Chunk, Entry, InboxSummary, LogPosition, MessageId, Owner, Retained, SessionId,
     StoreError, StoredSession, StoredSubscription,
@@ -127,6 +129,9 @@ impl Node {
     /// Lets go of sessions that another node has taken, as a write has shown.
     pub(super) fn lose(&self, sessions: &[SessionId]) {
         for session in sessions {
+            if self.group_lost(*session) {
+                continue;
+            }
             if let Some(mailbox) = self.shared.mailbox(*session) {
                 let place = self.shared.place_of(&mailbox.client_id);
                 // Its new node may not have been heard of yet.
@@ -320,9 +325,16 @@ impl Node {
             .sessions
             .iter()
             .filter(|found| found.mailbox.is_durable());
-        durable
-            .filter_map(|found| {
-                let delivery = found.terms.delivery(message, Arrival::NONE);
+        let sessions =
+            durable.map(|found| (&found.mailbox, found.terms.delivery(message, Arrival::NONE)));
+        let groups = matches.groups.iter();
+        let groups = groups.map(|group| {
+            let delivery = group.delivery(message, Origin::Memory, Arrival::NONE);
+            (group.mailbox(), delivery)
+        });
+        sessions
+            .chain(groups)
+            .filter_map(|(mailbox, delivery)| {
                 let id = ids.next();
                 let entry = Entry {
                     id,
@@ -333,7 +345,7 @@ impl Node {
                 };
                 let entries = vec![entry];
                 (delivery.qos > QoS::AtMostOnce).then(|| MissedChunk {
-                    mailbox: found.mailbox.clone(),
+                    mailbox: mailbox.clone(),
                     chunk: Chunk { key: id, entries },
                     guard,
                 })
@@ -644,8 +656,8 @@ impl Node {
             self.learn(mailbox, epoch, filter, options, identifier);
         }
         for filter in gone {
-            self.subscriptions.unsubscribe(&filter.filter, mailbox);
             self.shared.note(mailbox.session, &filter, epoch, None);
+            self.remove_subscription(&filter, mailbox);
         }
         let session = mailbox.session;
         Detached {
@@ -665,7 +677,7 @@ impl Node {
         &self,
         connected: Connected,
         consumer: Consumer,
-        exchanges: Exchanges,
+        mut exchanges: Exchanges,
         will: WillFate,
     ) {
         let Connected {
@@ -677,6 +689,9 @@ impl Node {
         } = connected;
         let client_id = mailbox.client_id.clone();
         consumer.detach();
+        exchanges.outbound.take_redistributable();
+        let has_left = !mailbox.is_durable();
+        self.leave_seats(&mailbox, &subscriptions, &exchanges, has_left);
         if mailbox.is_durable() {
             self.store_partly_settled(&mailbox).await;
         }
@@ -814,7 +829,9 @@ impl Node {
                 subscription_identifiers,
                 message,
             } => {
-                if let Some(mailbox) = self.shared.mailbox(session) {
+                if let Some(group) = self.group_of_inbox(session) {
+                    group.push(&message, Arrival::from_peer());
+                } else if let Some(mailbox) = self.shared.mailbox(session) {
                     mailbox.push(Delivery {
                         message,
                         qos,
@@ -856,6 +873,9 @@ impl Node {
                 }
             }
             Item::Disown { session, epoch } => {
+                if self.group_disowned(session, epoch) {
+                    return;
+                }
                 let place = Place {
                     session: Some(session),
                     epoch,
@@ -877,6 +897,30 @@ impl Node {
             Item::Decline { session, key } => self.flusher.declined(session, key),
             Item::Acknowledge { session, key, ids } => self.flusher.taken_over(session, key, &ids),
             Item::Decide { written } => self.receive_decision(from, &written),
+            Item::Dispatch {
+                group,
+                session,
+                epoch,
+            } => self.receive_dispatch(from, &group, session, epoch),
+            Item::Seats {
+                session,
+                epoch,
+                seats,
+            } => self.receive_seats(cluster, from, session, epoch, Ok(&seats)),
+            Item::Seat {
+                session,
+                epoch,
+                seat,
+            } => self.receive_seats(cluster, from, session, epoch, Err(&seat)),
+            Item::Give {
+                session,
+                epoch,
+                seat,
+                entry,
+            } => self.receive_give(from, session, epoch, seat, entry, Arrival::from_peer()),
+            item @ (Item::Unseat { .. } | Item::Settled { .. }) => {
+                self.receive_from_seat(from, item);
+            }
         }
     }
 
@@ -991,6 +1035,9 @@ impl Node {
             self.forget_routes(cluster, node);
         }
         self.miss_decisions(node);
+        if let Some(cluster) = &self.cluster {
+            self.node_of_groups_left(cluster, node);
+        }
         let waiting: Vec<_> = {
             let all = self.peers.unaware.lock();
             let waiting = all
@@ -1078,8 +1125,9 @@ impl Node {
     }
 
     fn take_up(&self, session: SharedSession) {
-        let Owner::Client(client_id) = &session.owner else {
-            return;
+        let client_id = match &session.owner {
+            Owner::Client(client_id) => client_id,
+            Owner::Group(filter) => return self.take_up_group(filter, &session),
         };
         let place = Place {
             session: Some(session.session),
@@ -1100,6 +1148,20 @@ impl Node {
                 subscription.options,
                 subscription.identifier,
             );
+        }
+    }
+
+    fn take_up_group(&self, filter: &SubscriptionFilter, session: &SharedSession) {
+        let group = self.learn_group(filter, session.session, session.epoch);
+        let node = session.node.filter(|node| *node != self.flusher.node);
+        if let (Some(group), Some(node)) = (group, node) {
+            let place = GroupPlace {
+                session: session.session,
+                epoch: session.epoch,
+                node,
+                is_saved: true,
+            };
+            self.place_group(&group, place);
         }
     }
 
@@ -1129,11 +1191,14 @@ impl Node {
                     if self.shared.note(session, &filter, epoch, None) != Noted::Nothing
                         && let Some(mailbox) = self.shared.mailbox(session)
                     {
-                        self.subscriptions.unsubscribe(&filter.filter, &mailbox);
+                        self.remove_subscription(&filter, &mailbox);
                     }
                 }
                 LogAction::End => self.forget_session(session),
-                LogAction::Subscribe { .. } | LogAction::OpenGroup(_) => {}
+                LogAction::OpenGroup(filter) => {
+                    self.learn_group(&filter, session, epoch);
+                }
+                LogAction::Subscribe { .. } => {}
             }
         }
     }
@@ -1150,7 +1215,8 @@ impl Node {
         // Nothing is gathered meanwhile: each message has been matched either before or after it.
         let mut additions = self.flusher.add();
         let noted = self.shared.note(mailbox.session, &filter, epoch, terms);
-        if noted == Noted::Nothing {
+        // A group has messages of its own.
+        if noted == Noted::Nothing || filter.share.is_some() {
             return;
         }
         let version = self
@@ -1177,8 +1243,20 @@ impl Node {
         }
         if let Some((mailbox, filters)) = self.shared.end(session) {
             for filter in filters {
-                self.subscriptions.unsubscribe(&filter.filter, &mailbox);
+                self.remove_subscription(&filter, &mailbox);
             }
+            if mailbox.group.is_some() {
+                self.forget_group(session);
+            }
+        }
+    }
+
+    /// A session that is known everywhere is not subscribed any more.
+    fn remove_subscription(&self, filter: &SubscriptionFilter, mailbox: &Arc<Mailbox>) {
+        if filter.share.is_some() {
+            self.member_ended(filter, &mailbox.client_id);
+        } else {
+            self.subscriptions.unsubscribe(&filter.filter, mailbox);
         }
     }
 

@@ -16,6 +16,7 @@ use super::group::{Group, Membership};
 use super::mailbox::{InboxKind, Mailbox};
 use super::retained::RetainedWalk;
 use super::routes::News;
+use super::seats::SeatedMember;
 use crate::metrics::{FilterKind, Where};
 use crate::mqtt::topic::{RetainHandling, SubscribeOptions};
 use crate::mqtt::{ProtocolVersion, SubscriptionFilter};
@@ -222,7 +223,12 @@ impl Node {
         };
         for (group, id, _) in exchanges.outbound.bound_to_groups() {
             let is_member = |group: Arc<Group>| subscriptions.contains_key(group.filter());
-            if !self.group_of_inbox(group).is_some_and(is_member)
+            let may_be_member = match self.group_of_inbox(group) {
+                Some(group) => is_member(group),
+                // This node may not have heard of it yet.
+                None => self.cluster.is_some() && !self.shared.has_ended(group),
+            };
+            if !may_be_member
                 && let Some(packet_id) = exchanges.outbound.forget(Origin::Group(group, id))
             {
                 // The message goes to other members, if there are any.
@@ -243,6 +249,7 @@ impl Node {
             self.totals.subscriptions.of(kind(filter)).inc();
         }
         let consumer = self.attach(&connected.mailbox, inbox);
+        self.take_seats(&connected, &exchanges);
         for group in self.groups_of(&connected.subscriptions) {
             group.come_online(&terms.client_id, &connected.mailbox, connected.window, self);
         }
@@ -282,6 +289,8 @@ impl Node {
         let client_id = mailbox.client_id.clone();
         consumer.detach();
         exchanges.outbound.take_redistributable();
+        let ends = !(mailbox.is_durable() && record.expiry_interval > 0);
+        self.leave_seats(&mailbox, &subscriptions, &exchanges, ends);
         let begun = exchanges.outbound.bound_to_groups();
         for group in self.groups_of(&subscriptions) {
             let of_group = |(session, id, _): &(SessionId, MessageId, bool)| {
@@ -387,9 +396,16 @@ impl Node {
     pub(crate) fn end_session(&self, mut detached: Detached) -> Receipt {
         let mailbox = &detached.mailbox;
         let finished = detached.exchanges.outbound.bound_to_groups();
+        if self.cluster.is_some() && mailbox.is_durable() {
+            self.finish_in_groups(mailbox, &finished);
+        }
         for (filter, _) in std::mem::take(&mut detached.subscriptions) {
             if self.cluster.is_some() && mailbox.is_durable() {
                 // Once it is certain that the session is over, all of them go.
+                continue;
+            }
+            if self.cluster.is_some() && filter.share.is_some() {
+                // Its seat is empty already.
                 continue;
             }
             if filter.share.is_some() {
@@ -435,8 +451,16 @@ impl Node {
             self.totals.subscriptions.of(kind(filter)).inc();
         }
         let mut retained = None;
+        let mut receipt = Receipt::NOTHING;
         if filter.share.is_some() {
-            self.join_group(filter, connected, options, identifier);
+            if let Some(cluster) = &self.cluster {
+                self.note_membership(connected, filter, Some((options, identifier)));
+                let member = seated(connected, options, identifier);
+                self.take_seat(cluster, filter, member, Vec::new());
+                receipt = self.receipt_of_group();
+            } else {
+                self.join_group(filter, connected, options, identifier);
+            }
         } else {
             self.subscriptions
                 .subscribe(&filter.filter, mailbox, options, identifier);
@@ -452,7 +476,6 @@ impl Node {
                 self.retained.walk(filter.filter.clone(), in_store)
             });
         }
-        let mut receipt = Receipt::NOTHING;
         if mailbox.is_durable() && known != Some((options, identifier)) {
             let filter = filter.clone();
             let change = Change::Subscribe {
@@ -463,7 +486,9 @@ impl Node {
             };
             receipt = self.flusher.persist(change);
         }
-        let news = if mailbox.is_durable() {
+        let news = if filter.share.is_some() {
+            Some(News::Stored(receipt))
+        } else if mailbox.is_durable() {
             (receipt != Receipt::NOTHING).then_some(News::Stored(receipt))
         } else {
             Some(self.news_of(filter))
@@ -485,7 +510,12 @@ impl Node {
         self.totals.subscriptions.of(kind(filter)).dec();
         let mailbox = &connected.mailbox;
         if filter.share.is_some() {
-            self.leave_group(filter, &mailbox.client_id);
+            if let Some(cluster) = &self.cluster {
+                self.note_membership(connected, filter, None);
+                self.leave_seat(cluster, filter, mailbox, &[], true);
+            } else {
+                self.leave_group(filter, &mailbox.client_id);
+            }
         } else {
             self.subscriptions.unsubscribe(&filter.filter, mailbox);
             self.note_subscription(connected, filter, None, true);
@@ -510,9 +540,75 @@ impl Node {
         self.groups_by_session.lock().get(&session).cloned()
     }
 
+    /// The groups of this node alone that a session is subscribed to.
     fn groups_of(&self, subscriptions: &SessionSubscriptions) -> Vec<Arc<Group>> {
+        if self.cluster.is_some() {
+            return Vec::new();
+        }
         let shared = subscriptions.keys().filter(|filter| filter.share.is_some());
         shared.filter_map(|filter| self.group(filter)).collect()
+    }
+
+    /// A client has connected: it has a seat in each share group that its session is subscribed to.
+    fn take_seats(&self, connected: &Connected, exchanges: &Exchanges) {
+        let Some(cluster) = &self.cluster else {
+            return;
+        };
+        let begun = exchanges.outbound.bound_to_groups().into_iter();
+        let begun: Vec<_> = begun.map(|(inbox, id, _)| (inbox, id)).collect();
+        for (filter, (options, identifier)) in &connected.subscriptions {
+            if filter.share.is_some() {
+                let member = seated(connected, *options, *identifier);
+                self.take_seat(cluster, filter, member, begun.clone());
+            }
+        }
+    }
+
+    /// Its connection is over.
+    pub(super) fn leave_seats(
+        &self,
+        mailbox: &Arc<Mailbox>,
+        subscriptions: &SessionSubscriptions,
+        exchanges: &Exchanges,
+        has_left: bool,
+    ) {
+        let Some(cluster) = &self.cluster else {
+            return;
+        };
+        let shared = subscriptions.keys().filter(|filter| filter.share.is_some());
+        let begun = exchanges.outbound.bound_to_groups();
+        for filter in shared {
+            self.leave_seat(cluster, filter, mailbox, &begun, has_left);
+        }
+    }
+
+    /// A session ends that has received messages of share groups: no other member may have them.
+    fn finish_in_groups(&self, mailbox: &Mailbox, exchanges: &[(SessionId, MessageId, bool)]) {
+        let received = exchanges.iter().filter(|(.., is_received)| *is_received);
+        for (group, id, _) in received {
+            self.finish_in_group(*group, &[*id]);
+            // Together with the end of the session, which the exchange ends with.
+            self.flusher.persist(Change::Dequeue {
+                session: *group,
+                key: *id,
+                guard: Some(mailbox.session),
+            });
+        }
+    }
+
+    /// Notes that a client of this node is a member of a share group, or no longer, for when it is at
+    /// another one.
+    fn note_membership(
+        &self,
+        connected: &Connected,
+        filter: &SubscriptionFilter,
+        terms: Option<super::shared::Terms>,
+    ) {
+        let mailbox = &connected.mailbox;
+        if mailbox.is_durable() {
+            self.shared
+                .note(mailbox.session, filter, connected.epoch, terms);
+        }
     }
 
     fn join_group(
@@ -629,7 +725,7 @@ impl Node {
         self.mailbox(random_session_id(), client_id, None, durable, stored)
     }
 
-    fn new_group_mailbox(
+    pub(super) fn new_group_mailbox(
         &self,
         filter: &SubscriptionFilter,
         session: SessionId,
@@ -879,6 +975,21 @@ fn kind(filter: &SubscriptionFilter) -> FilterKind {
     }
 }
 
+/// The member of a share group that a connection is.
+fn seated(
+    connected: &Connected,
+    options: SubscribeOptions,
+    identifier: Option<u32>,
+) -> SeatedMember {
+    SeatedMember {
+        mailbox: connected.mailbox.clone(),
+        since: connected.epoch,
+        window: connected.window,
+        options,
+        identifier,
+    }
+}
+
 /// Ends the connection, if there was one, of a session whose process has ended; returns whether
 /// there was. `now` is when that is noticed.
 pub(crate) fn end_connection(record: &mut SessionRecord, now: u64) -> bool {
@@ -911,7 +1022,7 @@ fn seconds(seconds: u32) -> u64 {
     u64::from(seconds) * 1000
 }
 
-fn group_record(filter: &SubscriptionFilter, session: SessionId) -> SessionRecord {
+pub(super) fn group_record(filter: &SubscriptionFilter, session: SessionId) -> SessionRecord {
     SessionRecord {
         owner: Owner::Group(filter.clone()),
         session,

@@ -33,6 +33,8 @@ struct LearnedLog {
 #[derive(Default)]
 struct Table {
     sessions: HashMap<SessionId, SharedSession>,
+    /// Of each share group, the sessions that are subscribed.
+    groups: HashMap<SubscriptionFilter, HashSet<SessionId>>,
     /// Which session a client has, and when it got to where it is.
     clients: HashMap<Arc<str>, Place>,
     /// The last that have ended, for what is still read of them in the logs of other nodes.
@@ -163,7 +165,10 @@ impl SharedSessions {
         subscription: Option<Terms>,
     ) -> Noted {
         let mut table = self.table.lock();
-        let Some(shared) = table.sessions.get_mut(&session) else {
+        let Table {
+            sessions, groups, ..
+        } = &mut *table;
+        let Some(shared) = sessions.get_mut(&session) else {
             return Noted::Nothing;
         };
         let known = Known {
@@ -178,6 +183,9 @@ impl SharedSessions {
                 None
             }
         };
+        if filter.share.is_some() {
+            note_member(groups, filter, session, subscription.is_some());
+        }
         let wants = |terms: Option<Terms>| {
             terms.is_some_and(|(options, _)| options.maximum_qos > QoS::AtMostOnce)
         };
@@ -197,6 +205,27 @@ impl SharedSessions {
         shared.map_or_else(HashSet::new, |shared| subscribed(&shared.filters))
     }
 
+    /// The sessions that are subscribed to a share group, and their clients.
+    pub(super) fn members_of(&self, group: &SubscriptionFilter) -> Vec<(SessionId, Arc<str>)> {
+        let table = self.table.lock();
+        let members = table.groups.get(group).into_iter().flatten();
+        let members = members.filter_map(|session| {
+            let mailbox = &table.sessions.get(session)?.mailbox;
+            Some((*session, mailbox.client_id.clone()))
+        });
+        members.collect()
+    }
+
+    /// Whether a client has a session that is subscribed to a share group.
+    pub(super) fn is_member(&self, client_id: &str, group: &SubscriptionFilter) -> bool {
+        let table = self.table.lock();
+        let session = table.clients.get(client_id).and_then(|place| place.session);
+        let members = table.groups.get(group);
+        session
+            .zip(members)
+            .is_some_and(|(session, members)| members.contains(&session))
+    }
+
     /// Forgets a session that has ended, and returns what it was subscribed to.
     pub(super) fn end(
         &self,
@@ -212,6 +241,9 @@ impl SharedSessions {
             }
         }
         let SharedSession { mailbox, filters } = table.sessions.remove(&session)?;
+        for filter in filters.keys().filter(|filter| filter.share.is_some()) {
+            note_member(&mut table.groups, filter, session, false);
+        }
         if let Some(place) = table.clients.get(&mailbox.client_id)
             && place.session == Some(session)
             && place.node.is_none()
@@ -264,6 +296,22 @@ impl SharedSessions {
             .rev()
             .take_while(|learned| learned.version > version);
         (log.forgotten <= version).then(|| since.cloned().collect())
+    }
+}
+
+fn note_member(
+    groups: &mut HashMap<SubscriptionFilter, HashSet<SessionId>>,
+    group: &SubscriptionFilter,
+    session: SessionId,
+    is_member: bool,
+) {
+    if is_member {
+        groups.entry(group.clone()).or_default().insert(session);
+    } else if let Some(members) = groups.get_mut(group) {
+        members.remove(&session);
+        if members.is_empty() {
+            groups.remove(group);
+        }
     }
 }
 

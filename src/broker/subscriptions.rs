@@ -162,13 +162,14 @@ impl Subscriptions {
         self.change(|tree| tree.remove(filter.as_str(), |target| target.is_session(mailbox)));
     }
 
-    pub(crate) fn add_group(&self, group: &Arc<Group>) {
+    /// Returns the version that has it.
+    pub(crate) fn add_group(&self, group: &Arc<Group>) -> u64 {
         let target = Target::Group(group.clone());
         self.change(|tree| {
             tree.insert(group.filter().filter.as_str(), target, |known| {
                 known.is_group(group)
             })
-        });
+        })
     }
 
     pub(crate) fn remove_group(&self, group: &Arc<Group>) {

@@ -50,6 +50,12 @@ const OFFER: u8 = 12;
 const DECLINE: u8 = 13;
 const ACKNOWLEDGE: u8 = 14;
 const DECIDE: u8 = 15;
+const DISPATCH: u8 = 16;
+const SEATS: u8 = 17;
+const SEAT: u8 = 18;
+const UNSEAT: u8 = 19;
+const GIVE: u8 = 20;
+const SETTLED: u8 = 21;
 const WANT_MARK: u8 = 128;
 const BEAT: u8 = 129;
 const NACK: u8 = 130;
@@ -169,6 +175,71 @@ pub(crate) enum Item {
     Decide {
         written: Vec<(SessionId, MessageId)>,
     },
+    /// The sender gives the messages of a share group to its members from now on, and asks which
+    /// of them are connected to the receiver.
+    Dispatch {
+        group: SubscriptionFilter,
+        session: SessionId,
+        epoch: u64,
+    },
+    /// These are, and no others. What the sender had written for the group before is durable.
+    Seats {
+        session: SessionId,
+        epoch: u64,
+        seats: Vec<Seat>,
+    },
+    /// One more is connected to the sender, or what it wants has changed.
+    Seat {
+        session: SessionId,
+        epoch: u64,
+        seat: Seat,
+    },
+    /// One is not any more.
+    Unseat {
+        session: SessionId,
+        number: u64,
+        /// Exchanges of QoS 2 that are to be finished when it comes back.
+        begun: Vec<MessageId>,
+        /// Messages that it has received for certain, although it does not come back.
+        finished: Vec<MessageId>,
+        /// It is no member any more.
+        has_left: bool,
+    },
+    /// A message for a member at the receiver.
+    Give {
+        session: SessionId,
+        epoch: u64,
+        seat: u64,
+        entry: Entry,
+    },
+    /// The member has taken over these; with the seat 0, one has received them whose session has
+    /// ended.
+    Settled {
+        session: SessionId,
+        seat: u64,
+        ids: Vec<MessageId>,
+    },
+}
+
+/// A connected member of a share group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Seat {
+    /// The sender never uses it for another one.
+    pub(crate) number: u64,
+    pub(crate) client_id: Arc<str>,
+    /// The epoch of its session: of two seats of one client the one with the greater epoch counts.
+    pub(crate) since: u64,
+    /// Messages of QoS 1 and 2 that it may have at a time.
+    pub(crate) window: u16,
+    pub(crate) maximum_qos: QoS,
+    pub(crate) retain_as_published: bool,
+    pub(crate) identifier: Option<u32>,
+    /// Exchanges of QoS 2 that an earlier connection began and this one has to finish.
+    pub(crate) begun: Vec<MessageId>,
+    /// Messages that it was given and has not taken over.
+    pub(crate) held: Vec<MessageId>,
+    /// The last ones that it has.
+    pub(crate) settled: Vec<MessageId>,
 }
 
 /// What links tell each other, for themselves.
@@ -289,13 +360,18 @@ impl Item {
     pub(crate) fn traffic(&self) -> Traffic {
         match self {
             Self::Pass { .. } | Self::Publish { .. } => Traffic::Publish,
-            Self::Deliver { .. } | Self::Offer { .. } => Traffic::Deliver,
+            Self::Deliver { .. } | Self::Offer { .. } | Self::Give { .. } => Traffic::Deliver,
             Self::Decline { .. } | Self::Acknowledge { .. } | Self::Decide { .. } => {
                 Traffic::Elision
             }
             Self::Own { .. } | Self::OwnAck { .. } | Self::Taken { .. } | Self::Disown { .. } => {
                 Traffic::Session
             }
+            Self::Dispatch { .. }
+            | Self::Seats { .. }
+            | Self::Seat { .. }
+            | Self::Unseat { .. }
+            | Self::Settled { .. } => Traffic::ShareGroup,
             Self::Route { .. } | Self::Log(_) | Self::Ask { .. } | Self::Answer { .. } => {
                 Traffic::Subscription
             }
@@ -402,8 +478,7 @@ impl Item {
                 to.put_u8(ACKNOWLEDGE);
                 to.put_slice(&session.0);
                 put_message_id(to, *key);
-                put_length(to, ids.len());
-                ids.iter().for_each(|id| put_message_id(to, *id));
+                put_message_ids(to, ids);
             }
             Self::Decide { written } => {
                 to.put_u8(DECIDE);
@@ -412,6 +487,69 @@ impl Item {
                     to.put_slice(&session.0);
                     put_message_id(to, *key);
                 }
+            }
+            Self::Dispatch {
+                group,
+                session,
+                epoch,
+            } => {
+                to.put_u8(DISPATCH);
+                put_bytes(to, group.to_string().as_bytes());
+                to.put_slice(&session.0);
+                to.put_u64(*epoch);
+            }
+            Self::Seats {
+                session,
+                epoch,
+                seats,
+            } => {
+                to.put_u8(SEATS);
+                to.put_slice(&session.0);
+                to.put_u64(*epoch);
+                put_length(to, seats.len());
+                seats.iter().for_each(|seat| put_seat(to, seat));
+            }
+            Self::Seat {
+                session,
+                epoch,
+                seat,
+            } => {
+                to.put_u8(SEAT);
+                to.put_slice(&session.0);
+                to.put_u64(*epoch);
+                put_seat(to, seat);
+            }
+            Self::Unseat {
+                session,
+                number,
+                begun,
+                finished,
+                has_left,
+            } => {
+                to.put_u8(UNSEAT);
+                to.put_slice(&session.0);
+                to.put_u64(*number);
+                put_message_ids(to, begun);
+                put_message_ids(to, finished);
+                to.put_u8(u8::from(*has_left));
+            }
+            Self::Give {
+                session,
+                epoch,
+                seat,
+                entry,
+            } => {
+                to.put_u8(GIVE);
+                to.put_slice(&session.0);
+                to.put_u64(*epoch);
+                to.put_u64(*seat);
+                put_entry(to, entry);
+            }
+            Self::Settled { session, seat, ids } => {
+                to.put_u8(SETTLED);
+                to.put_slice(&session.0);
+                to.put_u64(*seat);
+                put_message_ids(to, ids);
             }
         }
     }
@@ -456,11 +594,38 @@ fn put_range(to: &mut Vec<u8>, kind: u8, stream: Stream, first: u64, last: u64) 
 fn put_chunk(to: &mut Vec<u8>, chunk: &Chunk) {
     put_message_id(to, chunk.key);
     put_length(to, chunk.entries.len());
-    for entry in &chunk.entries {
-        put_message_id(to, entry.id);
-        let identifiers = entry.subscription_identifiers.as_deref();
-        put_delivery(to, entry.qos, entry.retain, identifiers, &entry.message);
+    chunk.entries.iter().for_each(|entry| put_entry(to, entry));
+}
+
+fn put_entry(to: &mut Vec<u8>, entry: &Entry) {
+    put_message_id(to, entry.id);
+    let identifiers = entry.subscription_identifiers.as_deref();
+    put_delivery(to, entry.qos, entry.retain, identifiers, &entry.message);
+}
+
+/// `number u64`, client id, `since u64`, `window u16`, `flags u8` (bits 0 and 1 the QoS, bit 2
+/// Retain As Published, bit 3: an identifier follows), identifier `u32`, three lists of message ids.
+fn put_seat(to: &mut Vec<u8>, seat: &Seat) {
+    to.put_u64(seat.number);
+    put_bytes(to, seat.client_id.as_bytes());
+    to.put_u64(seat.since);
+    to.put_u16(seat.window);
+    to.put_u8(
+        seat.maximum_qos as u8
+            | flag(DELIVERY_RETAIN, seat.retain_as_published)
+            | flag(DELIVERY_IDENTIFIERS, seat.identifier.is_some()),
+    );
+    if let Some(identifier) = seat.identifier {
+        to.put_u32(identifier);
     }
+    for ids in [&seat.begun, &seat.held, &seat.settled] {
+        put_message_ids(to, ids);
+    }
+}
+
+fn put_message_ids(to: &mut Vec<u8>, ids: &[MessageId]) {
+    put_length(to, ids.len());
+    ids.iter().for_each(|id| put_message_id(to, *id));
 }
 
 /// `flags u8` (bits 0 and 1 the QoS, bit 2 RETAIN, bit 3: identifiers follow), a list of `u32`,
@@ -606,6 +771,27 @@ impl<'a> Reader<'a> {
         (!entries.is_empty()).then_some(Chunk { key, entries })
     }
 
+    fn seat(&mut self) -> Option<Seat> {
+        let (number, client_id) = (self.u64()?, self.text()?.into());
+        let (since, window) = (self.u64()?, self.u16()?);
+        let flags = self.u8()?;
+        Some(Seat {
+            number,
+            client_id,
+            since,
+            window,
+            maximum_qos: QoS::from_bits(flags & DELIVERY_QOS)?,
+            retain_as_published: flags & DELIVERY_RETAIN != 0,
+            identifier: match flags & DELIVERY_IDENTIFIERS {
+                0 => None,
+                _ => Some(self.u32()?),
+            },
+            begun: self.list(Self::message_id)?,
+            held: self.list(Self::message_id)?,
+            settled: self.list(Self::message_id)?,
+        })
+    }
+
     fn range(&mut self) -> Option<(Stream, u64, u64)> {
         let stream = Stream::from_bit(self.u8()? & FLAG_TO_ALL != 0);
         Some((stream, self.u64()?, self.u64()?))
@@ -685,6 +871,39 @@ impl<'a> Reader<'a> {
             },
             DECIDE => Item::Decide {
                 written: self.list(|reader| Some((reader.session()?, reader.message_id()?)))?,
+            },
+            DISPATCH => Item::Dispatch {
+                group: self.filter()?,
+                session: self.session()?,
+                epoch: self.u64()?,
+            },
+            SEATS => Item::Seats {
+                session: self.session()?,
+                epoch: self.u64()?,
+                seats: self.list(Self::seat)?,
+            },
+            SEAT => Item::Seat {
+                session: self.session()?,
+                epoch: self.u64()?,
+                seat: self.seat()?,
+            },
+            UNSEAT => Item::Unseat {
+                session: self.session()?,
+                number: self.u64()?,
+                begun: self.list(Self::message_id)?,
+                finished: self.list(Self::message_id)?,
+                has_left: self.u8()? != 0,
+            },
+            GIVE => Item::Give {
+                session: self.session()?,
+                epoch: self.u64()?,
+                seat: self.u64()?,
+                entry: self.entry()?,
+            },
+            SETTLED => Item::Settled {
+                session: self.session()?,
+                seat: self.u64()?,
+                ids: self.list(Self::message_id)?,
             },
             kind => return self.signal(kind).map(Content::Signal),
         };
@@ -788,8 +1007,84 @@ mod tests {
         vec(filter, 0..4)
     }
 
+    fn message_ids() -> impl Strategy<Value = Vec<MessageId>> {
+        vec(message_id(), 0..4)
+    }
+
+    fn seat() -> impl Strategy<Value = Seat> {
+        let who = (any::<u64>(), client_id(), any::<u64>(), any::<u16>());
+        let terms = (qos(), any::<bool>(), any::<Option<u32>>());
+        let messages = (message_ids(), message_ids(), message_ids());
+        (who, terms, messages).prop_map(|(who, terms, (begun, held, settled))| {
+            let (number, client_id, since, window) = who;
+            let (maximum_qos, retain_as_published, identifier) = terms;
+            Seat {
+                number,
+                client_id,
+                since,
+                window,
+                maximum_qos,
+                retain_as_published,
+                identifier,
+                begun,
+                held,
+                settled,
+            }
+        })
+    }
+
+    fn of_share_group() -> impl Strategy<Value = Item> {
+        let group = "[$]share/g/[a-z+]/#";
+        prop_oneof![
+            (group, session(), any::<u64>()).prop_map(|(group, session, epoch)| Item::Dispatch {
+                group: SubscriptionFilter::parse(&group).unwrap(),
+                session,
+                epoch,
+            }),
+            (session(), any::<u64>(), vec(seat(), 0..3)).prop_map(|(session, epoch, seats)| {
+                Item::Seats {
+                    session,
+                    epoch,
+                    seats,
+                }
+            }),
+            (session(), any::<u64>(), seat()).prop_map(|(session, epoch, seat)| Item::Seat {
+                session,
+                epoch,
+                seat
+            }),
+            (
+                session(),
+                any::<u64>(),
+                message_ids(),
+                message_ids(),
+                any::<bool>()
+            )
+                .prop_map(|(session, number, begun, finished, has_left)| {
+                    Item::Unseat {
+                        session,
+                        number,
+                        begun,
+                        finished,
+                        has_left,
+                    }
+                }),
+            (session(), any::<u64>(), any::<u64>(), entry()).prop_map(
+                |(session, epoch, seat, entry)| Item::Give {
+                    session,
+                    epoch,
+                    seat,
+                    entry,
+                }
+            ),
+            (session(), any::<u64>(), message_ids())
+                .prop_map(|(session, seat, ids)| Item::Settled { session, seat, ids }),
+        ]
+    }
+
     fn item() -> impl Strategy<Value = Item> {
         prop_oneof![
+            of_share_group(),
             (session(), message_id(), vec(entry(), 1..4)).prop_map(|(session, key, entries)| {
                 Item::Deliver {
                     session,

@@ -162,6 +162,7 @@ impl Cluster {
         for joined in changes.joined {
             node.greet(self, joined);
         }
+        node.forget_absent_dispatchers(self);
         Ok(())
     }
 
@@ -307,6 +308,7 @@ impl Cluster {
                 if let Err(error) = self.store.collect_garbage().await {
                     tracing::warn!(event = "garbage_uncollected", %error);
                 }
+                node.end_deserted_groups(self).await;
             }
             if now - swept >= SWEEP_INTERVAL {
                 swept = now;
@@ -326,6 +328,7 @@ impl link::Handler for Node {
     fn lost(&self, from: u32) {
         tracing::warn!(event = "frames_lost", from);
         self.miss_decisions(from);
+        self.resynchronize_groups(from);
         self.look_for_messages();
     }
 

@@ -207,6 +207,8 @@ labels! {
         Session = "session",
         /// Who wants what.
         Subscription = "subscription",
+        /// Who of a share group is where, and what has become of its messages.
+        ShareGroup = "share_group",
     }
 
     /// Why the bus did not take frames.

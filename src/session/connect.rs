@@ -25,7 +25,6 @@ pub(crate) struct ConnectLimits {
     pub(crate) session_expiry_max: u32,
     /// Where clients that ask are told to find their response topics.
     pub(crate) response_prefix: Option<Arc<str>>,
-    pub(crate) shared_subscriptions: bool,
     /// Messages that may be in flight to one client, whatever its Receive Maximum says.
     pub(crate) in_flight_max: u16,
 }
@@ -56,7 +55,6 @@ pub(crate) struct Terms {
     pub(crate) topic_bytes_max: usize,
     packet_bytes_max: u32,
     response_information: Option<String>,
-    shared_subscriptions: bool,
     pub(crate) will: Option<WillRecord>,
 }
 
@@ -177,7 +175,6 @@ impl Terms {
             topic_bytes_max: limits.topic_bytes_max,
             packet_bytes_max: limits.packet_bytes_max,
             response_information,
-            shared_subscriptions: limits.shared_subscriptions,
             will: will.transpose()?,
         })
     }
@@ -196,7 +193,6 @@ impl Terms {
                 server_keep_alive: self.server_keep_alive,
                 // [MQTT-3.1.2-28]
                 response_information: self.response_information.as_deref(),
-                shared_subscription_available: (!self.shared_subscriptions).then_some(false),
                 ..ConnAckProperties::default()
             }
         } else {

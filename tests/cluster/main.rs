@@ -46,3 +46,4 @@ mod nodes;
 mod one_node;
 mod redis;
 mod replica_set;
+mod shared;

@@ -86,7 +86,16 @@ pub(crate) fn check(history: &[Event], subscribers: &[String]) -> BTreeSet<Viola
 /// come twice: what a node that died has sent, and what has been acknowledged to it, the next one
 /// cannot know.
 pub(crate) fn check_cluster(history: &[Event], subscribers: &[String]) -> BTreeSet<Violation> {
-    let mut violations = check(history, subscribers);
+    without_repetitions(check(history, subscribers))
+}
+
+/// The same for the `members` of a share group together.
+pub(crate) fn check_group_of_cluster(history: &[Event], members: &[String]) -> BTreeSet<Violation> {
+    without_repetitions(check_group(history, members))
+}
+
+/// Without those that a cluster allows itself with QoS 1.
+fn without_repetitions(mut violations: BTreeSet<Violation>) -> BTreeSet<Violation> {
     violations.retain(|violation| match violation {
         Violation::RepeatedWithoutDup(..) | Violation::RepeatedAfterAcknowledgement(..) => false,
         Violation::Lost(..)

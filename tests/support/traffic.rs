@@ -199,6 +199,29 @@ impl World {
         members
     }
 
+    /// Like [`World::settle_group`], with many brokers: no mark tells when everything has come.
+    pub(crate) async fn settle_group_of_cluster(
+        self: &Arc<Self>,
+        members: Vec<Subscriber>,
+    ) -> Vec<Subscriber> {
+        let names: Vec<_> = members.iter().map(Subscriber::name).collect();
+        let stop = watch::Sender::new(false);
+        let receiving: Vec<_> = members
+            .into_iter()
+            .map(|member| member.start(self, stop.subscribe()))
+            .collect();
+        let mut progress = self.progress.subscribe();
+        let all = progress.wait_for(|_| self.group_has_all(&names));
+        // What is missing then is what the check reports.
+        let _ = timeout(CLUSTER_DEADLINE, all).await;
+        stop.send_replace(true);
+        let mut members = Vec::new();
+        for member in receiving {
+            members.push(member.await.unwrap());
+        }
+        members
+    }
+
     async fn publish_end(&self) -> u32 {
         self.progress.send_modify(|progress| progress.ends += 1);
         let end = self.progress().ends;
@@ -233,6 +256,14 @@ impl World {
     pub(crate) fn check_group(&self, members: &[Subscriber]) {
         let names: Vec<_> = members.iter().map(Subscriber::name).collect();
         let violations = history::check_group(&self.history.lock(), &names);
+        self.report(&violations.into_iter().collect::<Vec<_>>());
+    }
+
+    /// Fails the test if a cluster broke a promise to this share group.
+    #[track_caller]
+    pub(crate) fn check_group_of_cluster(&self, members: &[Subscriber]) {
+        let names: Vec<_> = members.iter().map(Subscriber::name).collect();
+        let violations = history::check_group_of_cluster(&self.history.lock(), &names);
         self.report(&violations.into_iter().collect::<Vec<_>>());
     }
 

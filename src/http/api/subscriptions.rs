@@ -74,7 +74,8 @@ pub(super) async fn list(
 ) -> Result<Json<Recipients>, Problem> {
     validate_topic_name(&asked.matches)
         .map_err(|error| Problem::invalid(format!("matches should be a topic name: {error}")))?;
-    let found = context.node()?.recipients(&asked.matches);
+    let node = context.node()?;
+    let found = node.recipients(&asked.matches);
     let clients = found.sessions.iter().map(|session| Recipient {
         client_id: session.mailbox.client_id.to_string(),
         maximum_qos: session.terms.maximum_qos as u8,
@@ -87,8 +88,8 @@ pub(super) async fn list(
     });
     let groups = found.groups.iter().map(|group| RecipientGroup {
         filter: group.filter().to_string(),
-        members: group
-            .member_ids()
+        members: node
+            .members_of_group(group)
             .iter()
             .map(|client_id| client_id.to_string())
             .collect(),

@@ -635,10 +635,8 @@ impl Connection {
             Origin::Memory => {}
             Origin::Inbox(id) => self.settled.push(id),
             Origin::Group(group, id) => {
-                if let Some(group) = self.context.node.group_of_inbox(group) {
-                    let mut additions = self.context.node.flusher.add();
-                    group.settle(id, &self.identity.client_id, &mut additions);
-                }
+                let client_id = &self.identity.client_id;
+                self.context.node.settle_in_group(group, id, client_id);
             }
         }
     }
@@ -652,10 +650,20 @@ impl Connection {
             Origin::Group(group, _) => node.group_of_inbox(group),
             Origin::Memory | Origin::Inbox(_) => None,
         };
+        let is_shared = node.cluster.is_some();
         let mut additions = node.flusher.add();
         match (origin, group) {
             // Nobody waits for a message of QoS 2 before writing it.
             (Origin::Inbox(id), _) => drop(additions.settle(mailbox, &[id])),
+            (Origin::Group(session, key), _) if is_shared => {
+                // Whoever dispatches the group hears of it later.
+                let guard = Some(mailbox.session);
+                additions.persist(Change::Dequeue {
+                    session,
+                    key,
+                    guard,
+                });
+            }
             (Origin::Group(_, id), Some(group)) => {
                 group.settle(id, &self.identity.client_id, &mut additions);
             }
@@ -665,6 +673,10 @@ impl Connection {
             session: mailbox.session,
             packet_id,
         });
+        drop(additions);
+        if let (Origin::Group(session, id), true) = (origin, is_shared) {
+            node.settle_in_group(session, id, &self.identity.client_id);
+        }
     }
 
     fn settle(&mut self) {
@@ -847,13 +859,6 @@ impl Connection {
         for (filter, options) in request.filters {
             let limits = &self.context.node.limits;
             let subscriptions = &self.connected.subscriptions;
-            if let Ok(filter) = &filter
-                && filter.share.is_some()
-                && self.context.node.cluster.is_some()
-            {
-                reasons.push(ReasonCode::SharedSubscriptionsNotSupported);
-                continue;
-            }
             let filter = match filter {
                 Ok(filter)
                     if filter.filter.levels().count() <= limits.topic_levels_max
@@ -885,6 +890,10 @@ impl Connection {
                 continue;
             }
             let node = &self.context.node;
+            if filter.share.is_some() && !node.open_group(&filter).await {
+                reasons.push(ReasonCode::UnspecifiedError);
+                continue;
+            }
             let subscribed =
                 node.subscribe(&mut self.connected, &filter, options, request.identifier);
             self.last_receipt = self.last_receipt.max(subscribed.receipt);

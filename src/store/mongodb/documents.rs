@@ -396,6 +396,10 @@ impl<'a> Document<'a> {
             .unwrap_or(false))
     }
 
+    pub(super) fn has(&self, name: &str) -> Result<bool, StoreError> {
+        Ok(self.get(name)?.is_some())
+    }
+
     pub(super) fn date(&self, name: &str) -> Result<Option<DateTime>, StoreError> {
         self.convert(name, |value| value.as_datetime())
     }

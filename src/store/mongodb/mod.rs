@@ -12,6 +12,7 @@ mod commands;
 mod documents;
 mod estimates;
 mod garbage;
+mod groups;
 mod held;
 mod import;
 mod log;
@@ -49,6 +50,7 @@ use crate::mqtt::PacketId;
 
 pub(crate) use self::clients::{ClientRow, ClientsAsked};
 pub(crate) use self::estimates::Estimates;
+pub(crate) use self::groups::{GroupPlace, GroupRequest};
 pub(crate) use self::log::{LogAction, LogEntry, LogOp, SharedSession};
 pub(crate) use self::nodes::{NodeRow, NodeState};
 pub(crate) use self::open::{Leftover, OpenRequest, OpenedSession};

@@ -4,6 +4,11 @@
 //! store. Its dispatcher empties the mailbox and gives each message to one member that is
 //! online and has room in its window. What a member leaves unacknowledged goes to another one; while
 //! no member is online, messages wait in the group's inbox, not in a member's.
+//!
+//! In a cluster one node dispatches, and members take [`seats`](super::seats) there from wherever they
+//! are connected: see [`dispatch`].
+
+pub(super) mod dispatch;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -13,7 +18,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
+use self::dispatch::{Handing, SeatKey, Serving};
 use super::Node;
 use super::consumer::{Consumer, Inbox};
 use super::flush::Additions;
@@ -31,7 +38,12 @@ const READ_AGAIN_AFTER: Duration = Duration::from_secs(1);
 pub(crate) struct Group {
     filter: SubscriptionFilter,
     mailbox: Arc<Mailbox>,
+    /// Whether nodes share it, and when it was made then: a later one of the same name has a greater
+    /// epoch.
+    shared_since: Option<u64>,
     members: Mutex<Members>,
+    /// Something that a dispatcher waits for before it begins may have come.
+    may_begin: Notify,
     /// Numbers messages that are held in memory only.
     next_in_memory: AtomicU64,
 }
@@ -42,13 +54,17 @@ struct Members {
     /// Whose turn it is.
     turn: usize,
     /// Given to a member and not yet acknowledged.
-    given: HashMap<MessageId, (Delivery, Arc<str>)>,
+    given: HashMap<MessageId, Given>,
     /// To be given to another member, before anything else.
     returned: BTreeMap<MessageId, Delivery>,
     /// Exchanges of QoS 2 that a member began and has to finish itself, [MQTT-4.8.2-5].
-    bound: HashMap<MessageId, Arc<str>>,
+    bound: HashMap<MessageId, Bound>,
     /// Received by a member that is gone, and to be settled when they are read again.
     finished: HashSet<MessageId>,
+    /// Given to members by way of their nodes, and to be sent there.
+    handing: Vec<Handing>,
+    /// Set while this node dispatches a group that nodes share.
+    serving: Option<Serving>,
     dispatcher: Option<Waker>,
     /// Whether somebody takes messages out of the mailbox, or is about to.
     consuming: bool,
@@ -64,11 +80,39 @@ struct Member {
     online: Option<Online>,
 }
 
+/// A message that a member has.
+struct Given {
+    delivery: Delivery,
+    client_id: Arc<str>,
+    /// The seat that it was given to, if nodes share the group; none once that is empty.
+    seat: SeatKey,
+}
+
+/// A message that one member alone may have, before it is read from the inbox again.
+#[derive(Clone)]
+struct Bound {
+    client_id: Arc<str>,
+    /// The member has it already.
+    held_by: Option<SeatKey>,
+}
+
 struct Online {
-    mailbox: Arc<Mailbox>,
+    place: Place,
     /// QoS 1 and 2 messages that it may have at a time.
     window: u16,
     given: u16,
+}
+
+/// How a member is given messages.
+enum Place {
+    /// By its mailbox.
+    Here(Arc<Mailbox>),
+    /// By way of its node, which may be this one.
+    Seat {
+        key: SeatKey,
+        /// The epoch of its session.
+        since: u64,
+    },
 }
 
 /// How a client takes part in a group.
@@ -86,15 +130,28 @@ impl Group {
         mailbox: Arc<Mailbox>,
         bound: HashMap<MessageId, Arc<str>>,
     ) -> Self {
+        let bound = bound.into_iter().map(|(id, client_id)| {
+            let held_by = None;
+            (id, Bound { client_id, held_by })
+        });
         let members = Members {
-            bound,
+            bound: bound.collect(),
             ..Members::default()
         };
         mailbox.set_begun(members.last_bound());
         Self {
+            members: Mutex::new(members),
+            ..Self::empty(filter, mailbox, None)
+        }
+    }
+
+    fn empty(filter: SubscriptionFilter, mailbox: Arc<Mailbox>, shared_since: Option<u64>) -> Self {
+        Self {
             filter,
             mailbox,
-            members: Mutex::new(members),
+            shared_since,
+            members: Mutex::default(),
+            may_begin: Notify::new(),
             next_in_memory: AtomicU64::new(1),
         }
     }
@@ -138,6 +195,10 @@ impl Group {
     }
 
     fn maximum_qos(&self) -> QoS {
+        if self.shared_since.is_some() {
+            // Whoever has a seat elsewhere may want it.
+            return QoS::ExactlyOnce;
+        }
         let members = self.members.lock();
         members
             .all
@@ -163,7 +224,7 @@ impl Group {
                     .identifier
                     .map(|identifier| Arc::from([identifier])),
                 online: online.map(|(mailbox, window)| Online {
-                    mailbox,
+                    place: Place::Here(mailbox),
                     window,
                     given: 0,
                 }),
@@ -201,7 +262,7 @@ impl Group {
             held.sort_unstable();
             let given = u16::try_from(held.len()).unwrap_or(u16::MAX);
             for id in held {
-                let delivery = members.given[&id].0.clone();
+                let delivery = members.given[&id].delivery.clone();
                 mailbox.push_from_group(members.tailored(delivery, client_id));
             }
             if let Some(member) = members
@@ -210,7 +271,7 @@ impl Group {
                 .find(|member| &*member.client_id == client_id)
             {
                 member.online = Some(Online {
-                    mailbox: mailbox.clone(),
+                    place: Place::Here(mailbox.clone()),
                     window,
                     given,
                 });
@@ -254,7 +315,11 @@ impl Group {
             members.give_back(id);
         }
         for id in begun {
-            members.bound.insert(*id, client_id.into());
+            let bound = Bound {
+                client_id: client_id.into(),
+                held_by: None,
+            };
+            members.bound.insert(*id, bound);
         }
         self.mailbox.set_begun(members.last_bound());
         members.wake_dispatcher();
@@ -269,7 +334,9 @@ impl Group {
         for id in members.held_by(client_id) {
             members.give_back(id);
         }
-        members.bound.retain(|_, holder| &**holder != client_id);
+        members
+            .bound
+            .retain(|_, bound| &*bound.client_id != client_id);
         self.mailbox.set_begun(members.last_bound());
         members.closed = members.all.is_empty();
         members.wake_dispatcher();
@@ -281,17 +348,20 @@ impl Group {
         let mut members = self.members.lock();
         members.closed = true;
         members.wake_dispatcher();
+        self.may_begin.notify_waiters();
     }
 
-    /// Puts in a message that goes through the inbox.
+    /// Puts in a message that goes through the inbox; with a `guard`, if that session is still this
+    /// node's when it is written.
     pub(super) fn enqueue(
         &self,
         message: &Message,
         arrival: Arrival,
         additions: &mut Additions<'_>,
+        guard: Option<SessionId>,
     ) {
         let delivery = self.delivery(message, Origin::Memory, arrival);
-        additions.enqueue(&self.mailbox, delivery, None);
+        additions.enqueue(&self.mailbox, delivery, guard);
     }
 
     /// Puts in a message that is held in memory only.
@@ -306,7 +376,8 @@ impl Group {
         self.mailbox.push(self.delivery(message, origin, arrival))
     }
 
-    fn delivery(&self, message: &Message, origin: Origin, arrival: Arrival) -> Delivery {
+    /// A message as it is for whichever member gets it.
+    pub(super) fn delivery(&self, message: &Message, origin: Origin, arrival: Arrival) -> Delivery {
         Delivery {
             message: message.clone(),
             qos: message.qos().min(self.maximum_qos()),
@@ -321,8 +392,9 @@ impl Group {
     pub(crate) fn settle(&self, id: MessageId, client_id: &str, additions: &mut Additions<'_>) {
         {
             let mut members = self.members.lock();
-            let holder = members.given.get(&id).map(|(_, holder)| holder);
-            let holder = holder.or_else(|| members.bound.get(&id));
+            let holder = members.given.get(&id).map(|given| &given.client_id);
+            let bound = || members.bound.get(&id).map(|bound| &bound.client_id);
+            let holder = holder.or_else(bound);
             if holder.is_none_or(|holder| &**holder != client_id) {
                 return;
             }
@@ -401,7 +473,9 @@ impl Group {
                     return Poll::Ready(Step::NobodyOnline);
                 }
                 members.give_returned();
-                if !members.returned.is_empty() || !members.has_room() {
+                let is_full = !members.returned.is_empty() || !members.has_room();
+                self.hand_over(members, node);
+                if is_full {
                     // An acknowledgement, or another member, wakes the dispatcher.
                     return Poll::Pending;
                 }
@@ -426,8 +500,9 @@ impl Group {
                 continue;
             };
             let mut members = self.members.lock();
-            if let Some(holder) = members.bound.get(&id).cloned() {
-                members.give_to_holder(id, delivery, holder);
+            if let Some(bound) = members.bound.get(&id).cloned() {
+                members.give_to_holder(id, delivery, bound);
+                self.hand_over(members, node);
             } else if members.finished.remove(&id) || over_limit {
                 drop(members);
                 node.flusher.add().settle(&self.mailbox, &[id]);
@@ -501,28 +576,45 @@ impl Members {
                 delivery.origin = Origin::Memory;
             } else {
                 online.given += 1;
-                self.given.insert(id, (original, member.client_id.clone()));
+                let given = Given {
+                    delivery: original,
+                    client_id: member.client_id.clone(),
+                    seat: online.seat(),
+                };
+                self.given.insert(id, given);
             }
-            online.mailbox.push_from_group(delivery);
+            online.push(id, delivery, &mut self.handing);
         }
     }
 
     /// A message of an exchange that only its holder can finish, as it is read from the inbox again.
-    fn give_to_holder(&mut self, id: MessageId, delivery: Delivery, holder: Arc<str>) {
+    fn give_to_holder(&mut self, id: MessageId, delivery: Delivery, bound: Bound) {
         if self.given.contains_key(&id) {
             return;
         }
-        let tailored = self.tailored(delivery.clone(), &holder);
-        if let Some(member) = self
-            .all
-            .iter_mut()
-            .find(|member| member.client_id == holder)
-            && let Some(online) = &mut member.online
-        {
-            online.given += 1;
-            online.mailbox.push_from_group(tailored);
-        }
-        self.given.insert(id, (delivery, holder));
+        let Bound { client_id, held_by } = bound;
+        let tailored = self.tailored(delivery.clone(), &client_id);
+        let mut all = self.all.iter_mut();
+        let member = all.find(|member| member.client_id == client_id);
+        let online = member.and_then(|member| member.online.as_mut());
+        let seat = match (held_by, online) {
+            (Some(seat), _) => {
+                self.bound.remove(&id);
+                seat
+            }
+            (None, Some(online)) => {
+                online.given += 1;
+                online.push(id, tailored, &mut self.handing);
+                online.seat()
+            }
+            (None, None) => SeatKey::default(),
+        };
+        let given = Given {
+            delivery,
+            client_id,
+            seat,
+        };
+        self.given.insert(id, given);
     }
 
     /// The delivery as the member's subscription asks for it.
@@ -551,26 +643,50 @@ impl Members {
     fn held_by(&self, client_id: &str) -> Vec<MessageId> {
         self.given
             .iter()
-            .filter(|(_, (_, holder))| &**holder == client_id)
+            .filter(|(_, given)| &*given.client_id == client_id)
             .map(|(id, _)| *id)
             .collect()
     }
 
     fn give_back(&mut self, id: MessageId) {
-        if let Some((delivery, _)) = self.given.remove(&id) {
-            self.returned.insert(id, delivery);
+        if let Some(given) = self.given.remove(&id) {
+            self.returned.insert(id, given.delivery);
         }
     }
 
     fn forget(&mut self, id: MessageId) {
-        if let Some((_, holder)) = self.given.remove(&id)
+        if let Some(given) = self.given.remove(&id)
             && let Some(member) = self
                 .all
                 .iter_mut()
-                .find(|member| member.client_id == holder)
+                .find(|member| member.client_id == given.client_id)
             && let Some(online) = &mut member.online
+            && online.seat() == given.seat
         {
             online.given = online.given.saturating_sub(1);
+        }
+    }
+}
+
+impl Online {
+    /// None if the member has a mailbox here.
+    fn seat(&self) -> SeatKey {
+        match self.place {
+            Place::Here(_) => SeatKey::default(),
+            Place::Seat { key, .. } => key,
+        }
+    }
+
+    fn push(&self, id: MessageId, delivery: Delivery, handing: &mut Vec<Handing>) {
+        match &self.place {
+            Place::Here(mailbox) => {
+                mailbox.push_from_group(delivery);
+            }
+            Place::Seat { key, .. } => handing.push(Handing {
+                seat: *key,
+                id,
+                delivery,
+            }),
         }
     }
 }
