@@ -32,7 +32,11 @@ fn with_will(name: &str, expiry_interval: u32, delay_interval: u32) -> Connect {
 /// The Wills that were published until now: the watcher's own mark comes behind them. Afterwards
 /// their acknowledgement is durable.
 async fn wills_until_now(watcher: &mut Client) -> Vec<String> {
-    let mark = Publish::new("will/mark", "mark", 1);
+    // Another identifier: its PUBACK may come when that of the message below is waited for.
+    let mark = Publish {
+        packet_id: 2,
+        ..Publish::new("will/mark", "mark", 1)
+    };
     watcher.send(&mark.encode(Version::V5)).await.unwrap();
     let mut wills = Vec::new();
     loop {

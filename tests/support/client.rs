@@ -118,7 +118,7 @@ impl Client {
                     if answer == Answer::PubRec {
                         self.send(&Answer::PubRel.encode(id)).await?;
                     }
-                    if answer == last {
+                    if answer == last && id == publish.packet_id {
                         return Ok(());
                     }
                 }
