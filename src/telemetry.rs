@@ -11,19 +11,46 @@
 
 use std::fmt;
 use std::io::IsTerminal;
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
+use tracing::{Event, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::field::RecordFields;
 use tracing_subscriber::fmt::FormatFields;
 use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{Log, LogFormat};
+use crate::metrics::{By, Counter, Level};
 
 /// The database tells of every file that it writes. `log.level` can ask for that by name.
 const LIBRARIES: &str = "fjall=warn,lsm_tree=warn";
+
+/// Lines of the log, as global as the log itself.
+static LOGGED: LazyLock<By<Level, Counter>> = LazyLock::new(By::default);
+
+/// How many there were.
+pub(crate) fn logged() -> &'static By<Level, Counter> {
+    &LOGGED
+}
+
+/// Counts what is logged.
+#[derive(Debug)]
+struct Counting;
+
+impl<S: Subscriber> Layer<S> for Counting {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let level = *event.metadata().level();
+        if level == tracing::Level::WARN {
+            LOGGED.of(Level::Warn).inc();
+        } else if level == tracing::Level::ERROR {
+            LOGGED.of(Level::Error).inc();
+        }
+    }
+}
 
 /// Changes what is logged. As global as the log itself; unset if somebody else set that up.
 static SET_FILTER: OnceLock<SetFilter> = OnceLock::new();
@@ -63,7 +90,7 @@ pub fn start(log: &Log) {
             .with_filter_reloading();
         let handle = builder.reload_handle();
         let set: SetFilter = Box::new(move |filter| handle.reload(filter).is_ok());
-        builder.try_init().map(|()| set)
+        builder.finish().with(Counting).try_init().map(|()| set)
     } else {
         let builder = builder
             .json()
@@ -74,7 +101,7 @@ pub fn start(log: &Log) {
             .with_filter_reloading();
         let handle = builder.reload_handle();
         let set: SetFilter = Box::new(move |filter| handle.reload(filter).is_ok());
-        builder.try_init().map(|()| set)
+        builder.finish().with(Counting).try_init().map(|()| set)
     };
     match started {
         // Nobody else can have set it: the log can be set up once.

@@ -45,7 +45,7 @@ use crate::metrics::ListenerTotals;
 use crate::net::arrivals::Arrivals;
 use crate::net::transport::Transport;
 use crate::net::{ListenError, Listener, ListenerConfig, ListenerKind};
-use metrics::Observatory;
+use metrics::{Observatory, Requests};
 use problem::Problem;
 use stall::WriteTimeout;
 use tokens::Tokens;
@@ -87,6 +87,7 @@ pub(crate) struct Context {
     /// Set together with it.
     steering: ArcSwapOption<Steering>,
     observatory: Observatory,
+    requests: Requests,
     tokens: Tokens,
     /// Whether only this machine can reach the server.
     is_local: bool,
@@ -137,6 +138,7 @@ impl Server {
             node: ArcSwapOption::empty(),
             steering: ArcSwapOption::empty(),
             observatory: Observatory::default(),
+            requests: Requests::default(),
             tokens,
             is_local,
             message_bytes_max,
@@ -207,6 +209,7 @@ fn router(context: &Arc<Context>) -> Router {
         .merge(health::router())
         .route("/metrics", axum::routing::get(metrics::metrics))
         .fallback(no_such_path)
+        .layer(from_fn_with_state(context.clone(), metrics::measure))
         .with_state(context.clone())
 }
 

@@ -173,6 +173,12 @@ labels! {
         Output = "output",
     }
 
+    /// Of lines of the log.
+    Level {
+        Warn = "warn",
+        Error = "error",
+    }
+
     FilterKind {
         Exact = "exact",
         Wildcard = "wildcard",

@@ -18,14 +18,15 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::mqtt::packet::PacketType;
-use crate::mqtt::{ProtocolVersion, QoS};
+use crate::mqtt::{Message, ProtocolVersion, QoS};
 
 pub(crate) use arrival::Arrival;
-pub(crate) use histogram::{BOUNDS, Distribution, Histogram, Run};
+use histogram::microseconds;
+pub(crate) use histogram::{Bytes, Count, Distribution, Histogram, Run, Scale};
 pub(crate) use label::{
     Asked, Authentication, Authorization, BusFailure, By, Closed, Direction, Dropped, FilterKind,
-    Label, Method, Operation, Outcome, Persistence, Rejected, Source, Throttle, Traffic, Violation,
-    Where,
+    Label, Level, Method, Operation, Outcome, Persistence, Rejected, Source, Throttle, Traffic,
+    Violation, Where,
 };
 
 /// Something that only grows.
@@ -77,6 +78,7 @@ pub(crate) struct Totals {
     pub(crate) throttled: By<Throttle, Gauge>,
 
     pub(crate) authentications: By<Method, By<Authentication, Counter>>,
+    pub(crate) authentication: By<Method, Histogram>,
     pub(crate) authorizations: By<Asked, By<Authorization, Counter>>,
 
     pub(crate) packets_received: By<PacketType, Counter>,
@@ -91,6 +93,8 @@ pub(crate) struct Totals {
     pub(crate) retained_delivered: Counter,
     /// A mailbox counts what it does not take.
     pub(crate) dropped: Arc<By<Dropped, Counter>>,
+    /// Of payloads that clients have published.
+    pub(crate) message_size: Histogram<Bytes>,
     pub(crate) publish_ack: By<QoS, Histogram>,
     pub(crate) delivery: By<Where, Histogram>,
 
@@ -109,6 +113,8 @@ pub(crate) struct Totals {
 pub(crate) struct StoreTotals {
     pub(crate) operations: By<Operation, By<Outcome, Counter>>,
     pub(crate) durations: By<Operation, Histogram>,
+    /// Changes that were written together.
+    pub(crate) batches: Histogram<Count>,
     /// Asked and not yet answered.
     pub(crate) pending: Gauge,
 }
@@ -238,6 +244,7 @@ pub(crate) struct Tally {
     answered_at_once: [u32; 3],
     answers: [Run; 3],
     deliveries: [Run; 2],
+    sizes: Run,
 }
 
 impl Tally {
@@ -250,7 +257,10 @@ impl Tally {
     }
 
     /// A message of the client was let in and handed to whoever wants it.
-    pub(crate) fn published(&mut self, qos: QoS, matched: bool) {
+    pub(crate) fn published(&mut self, message: &Message, matched: bool, totals: &Totals) {
+        let qos = message.qos();
+        let bytes = message.payload().len() as u64;
+        self.sizes.observe(bytes, &totals.message_size);
         self.publish_allowed += 1;
         self.received[qos.index()] += 1;
         self.unrouted[qos.index()] += u32::from(!matched);
@@ -264,13 +274,15 @@ impl Tally {
     pub(crate) fn delivered(&mut self, qos: QoS, age: Option<(Duration, Where)>, totals: &Totals) {
         self.delivered[qos.index()] += 1;
         if let Some((age, from)) = age {
-            self.deliveries[from.index()].observe(age, totals.delivery.of(from));
+            let us = microseconds(age);
+            self.deliveries[from.index()].observe(us, totals.delivery.of(from));
         }
     }
 
     /// A publication was acknowledged so long after it came.
     pub(crate) fn answered(&mut self, qos: QoS, after: Duration, totals: &Totals) {
-        self.answers[qos.index()].observe(after, totals.publish_ack.of(qos));
+        let us = microseconds(after);
+        self.answers[qos.index()].observe(us, totals.publish_ack.of(qos));
     }
 
     /// The same, within its turn: the turn is measured as a whole.
@@ -321,6 +333,7 @@ impl Tally {
         for (qos, run) in QoS::ALL.iter().zip(&mut self.answers) {
             run.add_to(totals.publish_ack.of(*qos));
         }
+        self.sizes.add_to(&totals.message_size);
         for (from, run) in Where::ALL.iter().zip(&mut self.deliveries) {
             run.add_to(totals.delivery.of(*from));
         }

@@ -31,6 +31,7 @@ impl Store for MeteredStore {
         changes: Arc<Vec<Change>>,
         followed: Option<&[LogPosition]>,
     ) -> Result<Written, StoreError> {
+        self.totals.batches.add_many(changes.len() as u64, 1);
         let write = self.store.write(changes, followed);
         self.totals.measure(Operation::Write, write).await
     }

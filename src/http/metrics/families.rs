@@ -61,6 +61,8 @@ families! {
             "0 if there is memory enough, 1 if new connections are paced, 2 if publishers are, 3 if nobody is let in.";
         MEMORY_LIMIT: Gauge "midge_memory_limit_bytes" []
             "The memory that this node may use; 0 if there is no limit.";
+        LOG_MESSAGES: Counter "midge_log_messages_total" ["level"]
+            "Lines of the log that say that something is wrong.";
         RUNTIME_STALL: Histogram "midge_runtime_stall_duration_seconds" []
             "How late a timer was that is due ten times a second: something blocks the runtime if it is much.";
     }
@@ -101,6 +103,8 @@ families! {
     "Access" {
         AUTHENTICATIONS: Counter "midge_authentications_total" ["method", "result"]
             "Clients that asked to be let in.";
+        AUTHENTICATION_DURATION: Histogram "midge_authentication_duration_seconds" ["method"]
+            "How long it took to decide who is let in.";
         AUTHORIZATIONS: Counter "midge_authorizations_total" ["action", "result"]
             "Decisions about publishing, subscribing and, where rules restrict it, receiving.";
     }
@@ -117,10 +121,14 @@ families! {
             "Messages that a session will never get.";
         MESSAGES_UNROUTED: Counter "midge_messages_unrouted_total" ["qos"]
             "Accepted messages that nobody had subscribed to.";
+        MESSAGE_SIZE: Histogram "midge_message_size_bytes" []
+            "Payloads that clients have published.";
         PUBLISH_ACK_DURATION: Histogram "midge_publish_ack_duration_seconds" ["qos"]
             "From reading PUBLISH to writing PUBACK or PUBREC.";
         DELIVERY_DURATION: Histogram "midge_delivery_duration_seconds" ["path"]
             "From reading PUBLISH (local) or the frame of another node (remote) to writing PUBLISH to a subscriber; what was read from an inbox is not in it.";
+        WILLS_PUBLISHED: Counter "midge_wills_published_total" []
+            "Wills that were published.";
         RETAINED_DELIVERED: Counter "midge_retained_delivered_total" []
             "Retained messages that were sent because of a new subscription.";
     }
@@ -153,6 +161,8 @@ families! {
             "What was asked of the store.";
         STORE_OPERATION_DURATION: Histogram "midge_store_operation_duration_seconds" ["operation"]
             "How long the store took.";
+        STORE_BATCH_CHANGES: Histogram "midge_store_batch_changes" []
+            "Changes that were written together, in one group commit.";
         STORE_PENDING_OPERATIONS: Gauge "midge_store_pending_operations" []
             "What was asked of the store and is not yet answered.";
     }
@@ -184,6 +194,12 @@ families! {
         BUS_ROUNDTRIP_DURATION: Histogram "midge_cluster_bus_roundtrip_duration_seconds" []
             "From sending a frame to all to its coming back to this node.";
     }
+    "HTTP" {
+        HTTP_REQUESTS: Counter "midge_http_requests_total" ["route", "method", "code"]
+            "Requests that were answered, by the template of their path.";
+        HTTP_REQUEST_DURATION: Histogram "midge_http_request_duration_seconds" ["route"]
+            "From the header of a request to its answer.";
+    }
     "The process" {
         PROCESS_CPU: Counter "process_cpu_seconds_total" []
             "User and system CPU time of the process.";
@@ -210,7 +226,7 @@ mod tests {
     use crate::http::health::Status;
     use crate::metrics::{
         Asked, Authentication, Authorization, BusFailure, Closed, Direction, Dropped, FilterKind,
-        Label, Method, Operation, Outcome, Persistence, Rejected, Source, Throttle, Traffic,
+        Label, Level, Method, Operation, Outcome, Persistence, Rejected, Source, Throttle, Traffic,
         Violation, Where,
     };
     use crate::mqtt::packet::PacketType;
@@ -227,6 +243,7 @@ mod tests {
             ("midge_connections", "version") => vec!["3", "4", "5"],
             ("midge_connections_closed_total", "reason") => names::<Closed>(),
             ("midge_connections_rejected_total", "reason") => names::<Rejected>(),
+            (_, "level") => names::<Level>(),
             (_, "type") => names::<PacketType>(),
             (_, "reason_code") => names::<Violation>(),
             (_, "cause") => names::<Throttle>(),
@@ -309,11 +326,9 @@ mod tests {
                 family.name
             );
             if family.kind == Kind::Histogram {
-                assert!(
-                    family.name.ends_with("_duration_seconds"),
-                    "{}",
-                    family.name
-                );
+                let has = |unit: &&str| family.name.ends_with(*unit);
+                let units = ["_duration_seconds", "_bytes", "_changes"];
+                assert!(units.iter().any(has), "{}", family.name);
             }
             let is_plain = |text: &str| !text.contains(['\\', '\n', '|', '"']);
             assert!(is_plain(family.help), "{}", family.name);

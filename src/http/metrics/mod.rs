@@ -4,6 +4,7 @@
 
 mod families;
 mod process;
+mod requests;
 mod text;
 
 use std::sync::Arc;
@@ -23,12 +24,14 @@ use crate::broker::Node;
 use crate::broker::inspect::{Census, StoreHealth};
 use crate::lifecycle::Steering;
 use crate::metrics::{
-    By, Counter, Direction, Gauge, Histogram, Label, ListenerTotals, Persistence,
+    By, Counter, Direction, Gauge, Histogram, Label, ListenerTotals, Persistence, Scale, Source,
 };
 use crate::mqtt::QoS;
 use crate::store::mongodb::Estimates;
+use crate::telemetry;
 
 pub(super) use process::note_start;
+pub(super) use requests::{Requests, measure};
 
 /// How old the figures may be that take a while to find out.
 const OBSERVED_FOR: Duration = Duration::from_secs(15);
@@ -114,6 +117,11 @@ pub(super) async fn metrics(State(context): State<Arc<Context>>, headers: Header
         page.write_store();
         page.write_cluster();
     }
+    let mut samples = exposition.family(&f::LOG_MESSAGES);
+    for (level, count) in telemetry::logged().iter() {
+        samples.sample(&[level.name()], count.get());
+    }
+    context.requests.write(&mut exposition);
     process::write(&mut exposition);
     let content_type = [(header::CONTENT_TYPE, format.content_type())];
     (content_type, exposition.finish()).into_response()
@@ -203,6 +211,7 @@ impl Page<'_> {
     fn write_access(&mut self) {
         let totals = &self.node.totals;
         self.counters_by(&f::AUTHENTICATIONS, &totals.authentications);
+        self.histograms(&f::AUTHENTICATION_DURATION, &totals.authentication);
         self.counters_by(&f::AUTHORIZATIONS, &totals.authorizations);
     }
 
@@ -214,6 +223,7 @@ impl Page<'_> {
         self.acknowledged(&f::MESSAGES_REDELIVERED, &totals.messages_redelivered);
         self.counters(&f::MESSAGES_DROPPED, &totals.dropped);
         self.counters(&f::MESSAGES_UNROUTED, &totals.messages_unrouted);
+        self.histogram(&f::MESSAGE_SIZE, &totals.message_size);
         let mut samples = self.out.family(&f::PUBLISH_ACK_DURATION);
         for (qos, histogram) in totals
             .publish_ack
@@ -223,6 +233,10 @@ impl Page<'_> {
             samples.distribution(&[qos.name()], &histogram.read());
         }
         self.histograms(&f::DELIVERY_DURATION, &totals.delivery);
+        let wills = totals.messages_received.iter();
+        let wills = wills.map(|(_, by_source)| by_source.of(Source::Will).get());
+        let wills: u64 = wills.sum();
+        self.out.value(&f::WILLS_PUBLISHED, wills);
         let retained = totals.retained_delivered.get();
         self.out.value(&f::RETAINED_DELIVERED, retained);
     }
@@ -256,6 +270,7 @@ impl Page<'_> {
             .sample(&[backend], u8::from(is_up));
         self.counters_by(&f::STORE_OPERATIONS, &totals.operations);
         self.histograms(&f::STORE_OPERATION_DURATION, &totals.durations);
+        self.histogram(&f::STORE_BATCH_CHANGES, &totals.batches);
         self.out
             .value(&f::STORE_PENDING_OPERATIONS, totals.pending.get());
     }
@@ -338,7 +353,7 @@ impl Page<'_> {
         }
     }
 
-    fn histogram(&mut self, family: &'static f::Family, histogram: &Histogram) {
+    fn histogram<S: Scale>(&mut self, family: &'static f::Family, histogram: &Histogram<S>) {
         self.out.family(family).distribution(&[], &histogram.read());
     }
 

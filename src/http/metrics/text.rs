@@ -3,7 +3,7 @@
 use std::fmt::{Display, Write as _};
 
 use super::families::{Family, Kind};
-use crate::metrics::{BOUNDS, Distribution};
+use crate::metrics::Distribution;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Format {
@@ -88,12 +88,12 @@ impl Samples<'_> {
 
     pub(super) fn distribution(&mut self, labels: &[&str], seen: &Distribution) {
         let mut count = 0;
-        let bounds = BOUNDS.iter().map(|(_, bound)| *bound).chain(["+Inf"]);
-        for (bound, bucket) in bounds.zip(seen.buckets) {
+        let bounds = seen.bounds.iter().map(|(_, bound)| *bound).chain(["+Inf"]);
+        for (bound, bucket) in bounds.zip(&seen.buckets) {
             count += bucket;
             self.line("_bucket", labels, Some(bound), count);
         }
-        self.line("_sum", labels, None, seen.sum_us as f64 / 1e6);
+        self.line("_sum", labels, None, seen.sum);
         self.line("_count", labels, None, count);
     }
 
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn the_buckets_of_a_histogram_include_those_before_them() {
-        let histogram = Histogram::default();
+        let histogram: Histogram = Histogram::default();
         histogram.observe(Duration::from_micros(50));
         histogram.observe(Duration::from_millis(2));
         histogram.observe(Duration::from_secs(60));

@@ -339,10 +339,12 @@ async fn admit(
         _ => Method::Password,
     };
     let authentications = totals.authentications.of(method);
+    let began = Instant::now();
     let answer = match context.authenticator.authenticate(credentials) {
         Answer::Now(answer) => answer,
         Answer::Later(answer) => answer.await,
     };
+    totals.authentication.of(method).observe(began.elapsed());
     let user_name = match answer {
         Ok(user_name) => {
             authentications.of(Authentication::Allowed).inc();

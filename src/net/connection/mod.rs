@@ -608,7 +608,8 @@ impl Connection {
             .context
             .node
             .publish(&message, publisher, &mut self.last_topic, with);
-        self.tally.published(qos, published.matched);
+        let totals = &self.context.node.totals;
+        self.tally.published(&message, published.matched, totals);
         self.last_receipt = self.last_receipt.max(published.receipt);
         if let Some(crowded) = published.crowded
             && !Arc::ptr_eq(&crowded, mailbox)
