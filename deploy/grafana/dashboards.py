@@ -241,10 +241,10 @@ LATENCY = [
 
 CAPACITY = [
     ("How much is left", [
-        graph("Connections, used", "Of the limit of each listener, where there is one. Alert above 85 %: "
-              "MidgeListenerNearlyFull.", "percentunit",
-              ("sum by (instance, listener) (midge_connections@)"
-               " / on (instance, listener) (midge_listener_max_connections@ > 0)", "{{instance}} {{listener}}"),
+        graph("Connections, used", "Of what a node lets in, if there is a limit. Alert above 85 %: "
+              "MidgeConnectionsNearlyFull.", "percentunit",
+              ("sum by (instance) (midge_connections@)"
+               " / max by (instance) (midge_listener_max_connections@ > 0)", "{{instance}}"),
               min=0, max=1, steps=[(0.85, "red")]),
         graph("File descriptors, used", "Alert above 85 %: MidgeFileDescriptorsNearlyExhausted.", "percentunit",
               ("process_open_fds@ / process_max_fds@", "{{instance}}"), min=0, max=1, steps=[(0.85, "red")]),
