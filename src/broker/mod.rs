@@ -82,6 +82,8 @@ pub(crate) struct Node {
     groups: Mutex<HashMap<SubscriptionFilter, Arc<Group>>>,
     groups_by_session: Mutex<HashMap<SessionId, Arc<Group>>>,
     deadlines: Deadlines,
+    /// Of the other nodes, for `$SYS`.
+    others: sys::Others,
     pub(crate) totals: Arc<Totals>,
     pub(crate) overload: Arc<Overload>,
     /// The dispatchers of share groups.
@@ -146,6 +148,7 @@ impl Node {
             groups: Mutex::default(),
             groups_by_session: Mutex::default(),
             deadlines: Deadlines::default(),
+            others: sys::Others::default(),
             totals,
             overload: Arc::default(),
             tasks: TaskTracker::new(),

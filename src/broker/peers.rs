@@ -890,6 +890,7 @@ impl Node {
             Item::Route { reset, add, remove } => {
                 self.receive_route(from, reset, add, remove);
             }
+            Item::Figures { name, figures } => self.receive_figures(from, name, &figures),
             Item::Log(position) => cluster.follow_later(Announced::Log(position)),
             Item::Ask { number } => cluster.follow_later(Announced::Ask { from, number }),
             Item::Answer { number } => self.receive_answer(cluster, from, number),

@@ -56,6 +56,7 @@ const SEAT: u8 = 18;
 const UNSEAT: u8 = 19;
 const GIVE: u8 = 20;
 const SETTLED: u8 = 21;
+const FIGURES: u8 = 22;
 const WANT_MARK: u8 = 128;
 const BEAT: u8 = 129;
 const NACK: u8 = 130;
@@ -153,6 +154,8 @@ pub(crate) enum Item {
         add: Vec<SubscriptionFilter>,
         remove: Vec<SubscriptionFilter>,
     },
+    /// What a node has counted, for `$SYS`.
+    Figures { name: Arc<str>, figures: Vec<u64> },
     /// A node's subscription log has come so far.
     Log(LogPosition),
     /// Asks every node to say when it knows all of [`Item::Route`] and [`Item::Log`] that was sent
@@ -372,6 +375,7 @@ impl Item {
             | Self::Seat { .. }
             | Self::Unseat { .. }
             | Self::Settled { .. } => Traffic::ShareGroup,
+            Self::Figures { .. } => Traffic::Figures,
             Self::Route { .. } | Self::Log(_) | Self::Ask { .. } | Self::Answer { .. } => {
                 Traffic::Subscription
             }
@@ -450,6 +454,12 @@ impl Item {
                         put_bytes(to, filter.to_string().as_bytes());
                     }
                 }
+            }
+            Self::Figures { name, figures } => {
+                to.put_u8(FIGURES);
+                put_bytes(to, name.as_bytes());
+                put_length(to, figures.len());
+                figures.iter().for_each(|figure| to.put_u64(*figure));
             }
             Self::Log(position) => {
                 to.put_u8(LOG);
@@ -846,6 +856,10 @@ impl<'a> Reader<'a> {
                 add: self.list(Self::filter)?,
                 remove: self.list(Self::filter)?,
             },
+            FIGURES => Item::Figures {
+                name: self.text()?.into(),
+                figures: self.list(Self::u64)?,
+            },
             LOG => Item::Log(LogPosition {
                 node: self.u32()?,
                 entry: self.u64()?,
@@ -1139,6 +1153,10 @@ mod tests {
             }),
             (any::<u32>(), any::<u64>())
                 .prop_map(|(node, entry)| Item::Log(LogPosition { node, entry })),
+            (".{0,9}", vec(any::<u64>(), 0..4)).prop_map(|(name, figures)| Item::Figures {
+                name: name.into(),
+                figures,
+            }),
             any::<u64>().prop_map(|number| Item::Ask { number }),
             any::<u64>().prop_map(|number| Item::Answer { number }),
             (session(), message_id(), vec(entry(), 1..4)).prop_map(|(session, key, entries)| {

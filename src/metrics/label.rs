@@ -213,6 +213,8 @@ labels! {
         Session = "session",
         /// Who wants what.
         Subscription = "subscription",
+        /// What each has counted, for `$SYS`.
+        Figures = "figures",
         /// Who of a share group is where, and what has become of its messages.
         ShareGroup = "share_group",
     }

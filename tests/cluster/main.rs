@@ -47,3 +47,4 @@ mod one_node;
 mod redis;
 mod replica_set;
 mod shared;
+mod sys;
