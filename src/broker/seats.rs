@@ -161,15 +161,15 @@ impl Node {
     /// Makes sure that there is a group for a subscription that is about to be made; `false` if there
     /// cannot be one now.
     pub(crate) async fn open_group(&self, filter: &SubscriptionFilter) -> bool {
-        let Some(cluster) = &self.cluster else {
+        if self.cluster.is_none() {
             return true;
-        };
+        }
         let opening = async {
             loop {
                 let placed = self.seats.placed.notified();
                 tokio::pin!(placed);
                 placed.as_mut().enable();
-                if self.is_dispatched(cluster, filter) {
+                if self.is_dispatched(filter) {
                     return;
                 }
                 self.seek(filter);
@@ -179,14 +179,9 @@ impl Node {
         timeout(OPEN_TIMEOUT, opening).await.is_ok()
     }
 
-    fn is_dispatched(&self, cluster: &Cluster, filter: &SubscriptionFilter) -> bool {
+    fn is_dispatched(&self, filter: &SubscriptionFilter) -> bool {
         let stations = self.seats.stations.lock();
-        let place = stations.get(filter).and_then(|station| station.place);
-        place.is_some_and(|place| self.is_there(cluster, place.node))
-    }
-
-    fn is_there(&self, cluster: &Cluster, node: u32) -> bool {
-        node == cluster.node() || cluster.members.others().contains(&node)
+        stations.get(filter).is_some_and(|it| it.place.is_some())
     }
 
     /// Whether this node dispatches a group, as of this epoch.
@@ -243,19 +238,14 @@ impl Node {
 
     /// Finds out who dispatches a group, and does it itself if nobody does.
     async fn find_or_take(self: Arc<Self>, cluster: &Arc<Cluster>, filter: &SubscriptionFilter) {
-        let place = loop {
+        let (place, others) = loop {
             if self.stopping.is_cancelled() {
                 return;
             }
-            let alive = cluster.members.others();
-            let request = GroupRequest {
-                filter,
-                new_session: random_session_id(),
-                alive: &alive,
-                epoch_min: self.flusher.add().tick(),
-            };
-            match cluster.store.open_group(request).await {
-                Ok(Some(place)) if place.is_saved || place.node == cluster.node() => break place,
+            match self.open_shared_group(cluster, filter).await {
+                Ok(Some((place, others))) if place.is_saved || place.node == cluster.node() => {
+                    break (place, others);
+                }
                 // Somebody is about to make it, or to end it.
                 Ok(_) => tokio::time::sleep(LOOK_AGAIN_AFTER).await,
                 Err(error @ StoreError::Unavailable(_)) => {
@@ -280,15 +270,35 @@ impl Node {
         self.sought(filter);
         let Some(group) = group else {
             // It has ended just now.
-            return self.seek_if_needed(cluster, filter);
+            return self.seek_if_needed(filter);
         };
         if is_own {
             let (node, cluster) = (self.clone(), cluster.clone());
             self.tasks
-                .spawn(async move { node.serve(&cluster, &group, place).await });
+                .spawn(async move { node.serve(&cluster, &group, place, &others).await });
         } else {
             self.tell_seats(cluster, &group, place.node);
         }
+    }
+
+    /// Takes a group in the store, if no other node dispatches it; returns who does, and which others
+    /// are up.
+    async fn open_shared_group(
+        &self,
+        cluster: &Cluster,
+        filter: &SubscriptionFilter,
+    ) -> Result<Option<(GroupPlace, Vec<u32>)>, StoreError> {
+        let alive = cluster.others_up().await?;
+        let request = GroupRequest {
+            filter,
+            new_session: random_session_id(),
+            alive: &alive,
+            epoch_min: self.flusher.add().tick(),
+        };
+        let place = cluster.store.open_group(request).await?;
+        // Whoever comes up from now on finds out that it is taken.
+        let others = cluster.others_up().await?;
+        Ok(place.map(|place| (place, others)))
     }
 
     fn sought(&self, filter: &SubscriptionFilter) {
@@ -304,21 +314,44 @@ impl Node {
     }
 
     /// Looks for a dispatcher if there are members here and none is known.
-    fn seek_if_needed(&self, cluster: &Cluster, filter: &SubscriptionFilter) {
+    fn seek_if_needed(&self, filter: &SubscriptionFilter) {
         let needs_one = {
             let stations = self.seats.stations.lock();
-            stations.get(filter).is_some_and(|station| {
-                let is_there = |place: GroupPlace| self.is_there(cluster, place.node);
-                !station.seats.is_empty() && !station.place.is_some_and(is_there)
-            })
+            let station = stations.get(filter);
+            station.is_some_and(|it| !it.seats.is_empty() && it.place.is_none())
         };
         if needs_one {
             self.seek(filter);
         }
     }
 
+    /// Looks again for dispatchers at nodes that are not known: they have come just now, or were gone
+    /// before that was seen.
+    pub(crate) fn look_for_dispatchers(&self, cluster: &Cluster) {
+        let known = cluster.members.others();
+        let doubtful: Vec<_> = {
+            let stations = self.seats.stations.lock();
+            let is_doubtful = |station: &Station| {
+                let node = station.place.map(|place| place.node);
+                !station.seats.is_empty()
+                    && node.is_none_or(|node| node != cluster.node() && !known.contains(&node))
+            };
+            let doubtful = stations.iter().filter(|(_, it)| is_doubtful(it));
+            doubtful.map(|(filter, _)| filter.clone()).collect()
+        };
+        for filter in &doubtful {
+            self.seek(filter);
+        }
+    }
+
     /// Dispatches a group until nobody is there.
-    async fn serve(self: Arc<Self>, cluster: &Arc<Cluster>, group: &Arc<Group>, place: GroupPlace) {
+    async fn serve(
+        self: Arc<Self>,
+        cluster: &Arc<Cluster>,
+        group: &Arc<Group>,
+        place: GroupPlace,
+        others: &[u32],
+    ) {
         // Others hear of it once it is certain that they can find it.
         if self
             .flusher
@@ -329,7 +362,7 @@ impl Node {
             return;
         }
         tracing::debug!(event = "group_taken", group = %group.filter());
-        if !group.serve(&self, cluster, place.epoch).await {
+        if !group.serve(&self, cluster, place.epoch, others).await {
             return;
         }
         let is_deserted = self.shared.members_of(group.filter()).is_empty();
@@ -357,7 +390,7 @@ impl Node {
                 epoch: place.epoch,
             });
         }
-        self.seek_if_needed(cluster, group.filter());
+        self.seek_if_needed(group.filter());
     }
 
     /// A group that nodes share, as of now if it was not known; `None` if it has ended.
@@ -558,7 +591,7 @@ impl Node {
                 Some(place) if place.node == cluster.node() => {
                     Some((place.session, seat.describe(place.session)))
                 }
-                Some(place) if self.is_there(cluster, place.node) => {
+                Some(place) => {
                     // While it is locked: what a dispatcher hears is in the order of what happens.
                     let item = Item::Seat {
                         session: place.session,
@@ -568,7 +601,7 @@ impl Node {
                     cluster.send(place.node, &item);
                     None
                 }
-                _ => None,
+                None => None,
             }
         };
         if let Some((session, seat)) = own
@@ -576,7 +609,7 @@ impl Node {
         {
             group.take_seat(cluster.node(), &seat, self);
         }
-        self.seek_if_needed(cluster, filter);
+        self.seek_if_needed(filter);
     }
 
     /// A member is not connected here any more, or no member.
@@ -876,15 +909,11 @@ impl Node {
         let Some(group) = self.group_of_inbox(session) else {
             return false;
         };
-        let Some(cluster) = self
-            .cluster
-            .as_ref()
-            .filter(|_| group.shared_since().is_some())
-        else {
+        if group.shared_since().is_none() {
             return false;
-        };
+        }
         self.displace_group(&group, epoch);
-        self.seek_if_needed(cluster, group.filter());
+        self.seek_if_needed(group.filter());
         true
     }
 
@@ -896,9 +925,7 @@ impl Node {
         if self.displace_group(&group, u64::MAX) {
             group.close();
         }
-        if let Some(cluster) = &self.cluster {
-            self.seek_if_needed(cluster, group.filter());
-        }
+        self.seek_if_needed(group.filter());
         true
     }
 
@@ -933,9 +960,7 @@ impl Node {
             stations.remove(group.filter());
         }
         drop(stations);
-        if let Some(cluster) = &self.cluster {
-            self.seek_if_needed(cluster, group.filter());
-        }
+        self.seek_if_needed(group.filter());
     }
 
     /// A client is no member of a group any more, or its session has ended.
@@ -955,7 +980,7 @@ impl Node {
             match place {
                 Some(place) if place.node == node => {
                     self.displace_group(&group, place.epoch);
-                    self.seek_if_needed(cluster, group.filter());
+                    self.seek_if_needed(group.filter());
                 }
                 Some(place) if place.node == cluster.node() => group.node_gone(node, self),
                 _ => {}
@@ -992,7 +1017,9 @@ impl Node {
                 let stations = self.seats.stations.lock();
                 stations.get(group.filter()).and_then(|it| it.place)
             };
-            if let Some(place) = place.filter(|place| !self.is_there(cluster, place.node)) {
+            let known = cluster.members.others();
+            let is_there = |node: u32| node == cluster.node() || known.contains(&node);
+            if let Some(place) = place.filter(|place| !is_there(place.node)) {
                 self.displace_group(&group, place.epoch);
             }
         }
@@ -1010,15 +1037,8 @@ impl Node {
             if !is_deserted {
                 continue;
             }
-            let alive = cluster.members.others();
-            let request = GroupRequest {
-                filter,
-                new_session: random_session_id(),
-                alive: &alive,
-                epoch_min: self.flusher.add().tick(),
-            };
-            match cluster.store.open_group(request).await {
-                Ok(Some(place)) if place.node == cluster.node() => {
+            match self.open_shared_group(cluster, filter).await {
+                Ok(Some((place, _))) if place.node == cluster.node() => {
                     self.flusher.persist(Change::EndSession(place.session));
                 }
                 Ok(_) => {}

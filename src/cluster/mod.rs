@@ -144,6 +144,16 @@ impl Cluster {
         row.map_or(0, |row| row.reserved_hlc)
     }
 
+    /// The other nodes that are up, also those that have come just now.
+    ///
+    /// # Errors
+    /// `StoreError` if they cannot be read.
+    pub(crate) async fn others_up(&self) -> Result<Vec<u32>, StoreError> {
+        let rows = self.store.nodes().await?.into_iter();
+        let others = rows.filter(|row| row.state == NodeState::Up && row.node != self.node());
+        Ok(others.map(|row| row.node).collect())
+    }
+
     /// Gets to know the other nodes.
     ///
     /// # Errors
@@ -276,6 +286,7 @@ impl Cluster {
         loop {
             ticks.tick().await;
             let now = Instant::now();
+            node.look_for_dispatchers(self);
             for gone in self.members.gone() {
                 // Again after a while: it may have taken another session before it knew.
                 let is_done = |at: &Instant| now - *at < RELEASE_INTERVAL;

@@ -272,7 +272,10 @@ impl InFlight {
             Origin::Group(group, message) => Some((
                 group,
                 message,
-                exchange.state == ExchangeState::AwaitingPubComp,
+                matches!(
+                    exchange.state,
+                    ExchangeState::AwaitingPubComp | ExchangeState::Finished
+                ),
             )),
             Origin::Memory | Origin::Inbox(_) => None,
         };

@@ -45,7 +45,9 @@ pub(super) struct Handing {
 /// This node dispatches.
 pub(super) struct Serving {
     epoch: u64,
-    /// Nodes that have not yet said who is there. Nothing is given before they have.
+    /// Nodes that were up when this one took the group.
+    others: HashSet<u32>,
+    /// Those of them that have not yet said who is there. Nothing is given before they have.
     unheard: HashSet<u32>,
     /// Whether messages are read: all of them come by, and so do those that members have already.
     has_begun: bool,
@@ -75,13 +77,14 @@ impl Group {
         self.shared_since
     }
 
-    /// Dispatches until nobody is there, or another node does. Returns whether this node has the
-    /// group still.
+    /// Dispatches until nobody is there, or another node does. At any of the `others` members may have
+    /// something from an earlier dispatcher. Returns whether this node has the group still.
     pub(in crate::broker) async fn serve(
         &self,
         node: &Arc<Node>,
         cluster: &Cluster,
         epoch: u64,
+        others: &[u32],
     ) -> bool {
         loop {
             self.until_idle().await;
@@ -89,13 +92,13 @@ impl Group {
             if members.consuming {
                 continue;
             }
-            let others = cluster.members.others();
             *members = Members {
                 consuming: true,
                 closed: node.stopping.is_cancelled() || !node.dispatches(self, epoch),
                 serving: Some(Serving {
                     epoch,
-                    unheard: others.into_iter().collect(),
+                    others: others.iter().copied().collect(),
+                    unheard: others.iter().copied().collect(),
                     has_begun: false,
                 }),
                 ..Members::default()
@@ -162,6 +165,11 @@ impl Group {
                 .await
                 .is_err()
             {
+                // One that died before it was noticed is not heard of again.
+                let up = cluster.others_up().await;
+                if let (Ok(up), Some(serving)) = (up, &mut self.members.lock().serving) {
+                    serving.unheard.retain(|node| up.contains(node));
+                }
                 for node in unheard {
                     cluster.send(node, &self.dispatch_item(epoch));
                 }
@@ -262,13 +270,16 @@ impl Group {
         for seat in seats {
             self.take_seat(from, seat, node);
         }
-        let was_unheard = {
+        let has_joined = {
             let mut members = self.members.lock();
-            let serving = members.serving.as_mut();
-            serving.is_some_and(|serving| serving.unheard.remove(&from))
+            let Some(serving) = &mut members.serving else {
+                return false;
+            };
+            serving.unheard.remove(&from);
+            serving.others.insert(from)
         };
         self.may_begin.notify_waiters();
-        if !was_unheard {
+        if has_joined {
             // What it wrote before it knew of this dispatcher was for the one before.
             self.mailbox.doubt();
         }

@@ -746,6 +746,88 @@ async fn share_group_is_known_to_other_nodes_once_it_is_saved() {
     assert_eq!(action, LogAction::OpenGroup(filter("$share/g/b")));
 }
 
+async fn open_group(store: &MongoStore, group: &str, new: u32, alive: &[u32]) -> GroupPlace {
+    let request = GroupRequest {
+        filter: &filter(group),
+        new_session: session(new),
+        alive,
+        epoch_min: 7,
+    };
+    let place = store.open_group(request).await.unwrap();
+    place.expect("nobody else opens it")
+}
+
+#[tokio::test]
+async fn share_group_is_dispatched_by_one_node() {
+    let fixture = MongoFixture::new().await;
+    let store = &fixture.store;
+    let group = "$share/$g/$a";
+    let taken = open_group(store, group, 1, &[]).await;
+    assert_eq!((taken.session, taken.node), (session(1), store.node()));
+    assert_eq!((taken.epoch, taken.is_saved), (7, false));
+    let mut record = SessionRecord {
+        owner: Owner::Group(filter(group)),
+        connected: true,
+        ..record(session(1))
+    };
+    let save = |record: &SessionRecord| Change::SaveSession(Box::new(record.clone()));
+    written(store, [save(&record)]).await;
+
+    // While its node is alive nobody takes it away.
+    let other = fixture.another_node().await;
+    let held = open_group(&other, group, 2, &[store.node()]).await;
+    assert_eq!(
+        (held.session, held.node, held.is_saved),
+        (session(1), store.node(), true)
+    );
+    record.connected = false;
+    assert_eq!(written(store, [save(&record)]).await.lost, []);
+    let released = open_group(&other, group, 3, &[store.node()]).await;
+    assert_eq!(
+        (released.session, released.node),
+        (session(1), other.node())
+    );
+    assert!(released.epoch > taken.epoch);
+    assert_eq!(written(store, [save(&record)]).await.lost, [session(1)]);
+
+    // One that is not alive does not keep it.
+    let inherited = open_group(store, group, 4, &[]).await;
+    assert_eq!(
+        (inherited.session, inherited.node),
+        (session(1), store.node())
+    );
+    assert!(inherited.epoch > released.epoch);
+}
+
+#[tokio::test]
+async fn chunk_goes_with_the_exchange_that_it_ends_or_stays() {
+    let fixture = MongoFixture::new().await;
+    open(&fixture.store, request("one", session(1))).await;
+    open(&fixture.store, request("two", session(2))).await;
+    let of_group = [chunk(1, 1), chunk(2, 1)];
+    let added = of_group.iter().map(|chunk| enqueue(session(3), chunk));
+    written(&fixture.store, added).await;
+    let other = fixture.another_node().await;
+    open(&other, request("one", session(4))).await;
+
+    let ended = [(1, 1), (2, 2)].into_iter().flat_map(|(member, hlc)| {
+        let end = Change::EndExchange {
+            session: session(member),
+            packet_id: PacketId::new(1).unwrap(),
+        };
+        let key = chunk(hlc, 1).key;
+        let remove = |guard| Change::Dequeue {
+            session: session(3),
+            key,
+            guard,
+        };
+        // Whoever dispatches the group removes it as well.
+        [end, remove(Some(session(member))), remove(None)]
+    });
+    assert_eq!(written(&fixture.store, ended).await.lost, [session(1)]);
+    assert_eq!(read_all(&*other, session(3)).await, [chunk(1, 1)]);
+}
+
 #[tokio::test]
 async fn sessions_of_a_dead_node_are_released_and_adopted_once() {
     let fixture = MongoFixture::new().await;
