@@ -12,6 +12,7 @@ pub mod config;
 mod copy;
 mod drain;
 pub mod embed;
+mod failpoint;
 mod http;
 mod lifecycle;
 mod metrics;

@@ -202,7 +202,7 @@ impl Consumer {
         self.reading = Some(Box::pin(async move {
             loop {
                 match store.read_inbox(range).await {
-                    Err(StoreError::Unavailable(_)) => tokio::time::sleep(READ_AGAIN_AFTER).await,
+                    Err(error) if error.may_pass() => tokio::time::sleep(READ_AGAIN_AFTER).await,
                     page => return page,
                 }
             }

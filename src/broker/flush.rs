@@ -22,6 +22,7 @@ use super::peers::{Known, MissedChunk};
 use super::trim::Overfull;
 use crate::bus::wire::{Header, Item, Stamp};
 use crate::cluster::link::Clock;
+use crate::failpoint;
 use crate::mqtt::{Message, QoS};
 use crate::session::Delivery;
 use crate::store::{Change, Chunk, Entry, LogPosition, MessageId, SessionId, Store, StoreError};
@@ -282,7 +283,6 @@ impl Flusher {
             self.durable.store(gathering.number - 1, Ordering::Release);
             if gathering.failed.take().is_some() {
                 self.has_failed.store(false, Ordering::Release);
-                tracing::info!(event = "store_available");
             }
             let waiters = std::mem::take(&mut gathering.waiters_of_previous);
             drop(gathering);
@@ -296,10 +296,14 @@ impl Flusher {
     /// Writes a flush, and what it has to hold besides because of other nodes.
     async fn commit(&self, mut flush: Flush, node: &Node) -> Result<(), StoreError> {
         let acknowledges_messages = !flush.messages.is_empty();
+        if acknowledges_messages {
+            failpoint::reach("before_write");
+        }
         let decisions = std::mem::take(&mut flush.decisions);
         self.write(flush, node).await?;
         if acknowledges_messages {
             self.hand_over(node).await?;
+            failpoint::reach("after_hand_on");
         }
         // Nobody is answered because of these, so they are not waited for.
         if let Some(cluster) = &node.cluster {
@@ -373,6 +377,9 @@ impl Flusher {
                 followed = Some(flush.add_missed(node, known.await?));
                 continue;
             }
+            if !flush.messages.is_empty() {
+                failpoint::reach("after_write");
+            }
             for change in all.iter() {
                 if let Change::EndSession(session) = change
                     && !written.lost.contains(session)
@@ -417,9 +424,11 @@ impl Flusher {
     ) -> Result<T, StoreError> {
         let begun = Instant::now();
         let mut pause = RETRY_PAUSE_MIN;
+        let mut has_failed = false;
         loop {
             match operation().await {
-                Err(error @ StoreError::Unavailable(_)) => {
+                Err(error) if error.may_pass() => {
+                    has_failed = true;
                     tracing::warn!(event = "store_unavailable", %error);
                     if begun.elapsed() >= STORE_TIMEOUT {
                         self.fail(&error);
@@ -427,7 +436,12 @@ impl Flusher {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(RETRY_PAUSE_MAX);
                 }
-                result => return result,
+                result => {
+                    if has_failed && result.is_ok() {
+                        tracing::info!(event = "store_available");
+                    }
+                    return result;
+                }
             }
         }
     }
@@ -975,7 +989,8 @@ pub(crate) fn unix_ms() -> u64 {
     let elapsed = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX)
+    let elapsed = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+    elapsed.saturating_add_signed(failpoint::clock_offset_ms())
 }
 
 /// The hybrid logical clock: 48 bits of milliseconds, 16 of counter, never the same twice.

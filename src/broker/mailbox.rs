@@ -92,6 +92,8 @@ struct State {
     inbox: Inbox,
     /// Whether its inbox is on the list of those to be trimmed.
     trimming: bool,
+    /// What this node has added to an inbox that others add to as well since all of it was counted.
+    uncounted: Uncounted,
     /// Whether chunks that the last consumer left half acknowledged are still to be written anew.
     unsettled: bool,
     /// How many consumers there have been.
@@ -110,6 +112,15 @@ enum Mode {
         from: MessageId,
         live_from: Option<u64>,
     },
+}
+
+/// What was added to an inbox.
+#[derive(Clone, Copy, Debug, Default)]
+struct Uncounted {
+    messages: u64,
+    bytes: u64,
+    /// Whether what had been there before was counted.
+    is_rest_known: bool,
 }
 
 /// What is known of the inbox in the store.
@@ -187,6 +198,10 @@ pub(crate) enum Taken {
     Restart,
 }
 
+/// Other nodes that are expected to add as much to an inbox as this one does; were they more, it would
+/// become that much fuller.
+const OTHERS: u64 = 3;
+
 impl Mailbox {
     pub(crate) fn new(
         session: SessionId,
@@ -222,6 +237,7 @@ impl Mailbox {
                 order: None,
                 waiting_publishers: Vec::new(),
                 trimming: false,
+                uncounted: Uncounted::default(),
                 unsettled: false,
                 consumers: 0,
                 restart: false,
@@ -329,6 +345,7 @@ impl Mailbox {
         if !state.attached {
             state.inbox.messages = 0;
             state.inbox.bytes = 0;
+            state.uncounted = Uncounted::default();
         }
     }
 
@@ -410,8 +427,24 @@ impl Mailbox {
         // Not for every single message: a step of trimming costs a read.
         let slack = self.limits.queue_messages_max / 16;
         let bytes_slack = self.limits.queue_bytes_max / 16;
-        let overfull = state.inbox.messages > self.limits.queue_messages_max + slack
-            || state.inbox.bytes > self.limits.queue_bytes_max + bytes_slack;
+        let overfull = if self.shared {
+            state.uncounted.messages += 1;
+            state.uncounted.bytes += message.len() as u64;
+            let Uncounted {
+                messages,
+                bytes,
+                is_rest_known,
+            } = state.uncounted;
+            // The others add as well, each perhaps as much as this one; counting costs a read of all
+            // that waits.
+            let may_be_over = !is_rest_known
+                || state.inbox.messages + messages * OTHERS > self.limits.queue_messages_max
+                || state.inbox.bytes + bytes * OTHERS > self.limits.queue_bytes_max;
+            may_be_over && (messages > slack || bytes > bytes_slack)
+        } else {
+            state.inbox.messages > self.limits.queue_messages_max + slack
+                || state.inbox.bytes > self.limits.queue_bytes_max + bytes_slack
+        };
         if overfull && state.may_be_trimmed() && !state.trimming {
             state.trimming = true;
             return Admission::Overfull;
@@ -425,9 +458,34 @@ impl Mailbox {
         state.may_be_trimmed() && self.is_over(&state.inbox)
     }
 
-    /// Drops the oldest messages, which are in this chunk, as far as the limits demand; returns
-    /// what is left of the chunk if anything was dropped.
-    pub(super) fn drop_oldest(&self, chunk: &Chunk) -> Option<Vec<Entry>> {
+    /// Whether other nodes add to the inbox as well.
+    pub(super) fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// Which of these messages, all that are in the inbox and their lengths, is the oldest that may
+    /// stay there.
+    pub(super) fn counted(&self, all: &[(MessageId, u64)]) -> MessageId {
+        let (mut messages, mut bytes) = (0, 0);
+        let fits = |(_, length): &&(MessageId, u64)| {
+            messages += 1;
+            bytes += length;
+            messages <= self.limits.queue_messages_max && bytes <= self.limits.queue_bytes_max
+        };
+        let oldest = all.iter().rev().take_while(fits).last();
+        let state = &mut *self.state.lock();
+        state.inbox.messages = all.len() as u64;
+        state.inbox.bytes = all.iter().map(|(_, length)| length).sum();
+        state.uncounted = Uncounted {
+            is_rest_known: true,
+            ..Uncounted::default()
+        };
+        oldest.map_or(MessageId::MAX, |(id, _)| *id)
+    }
+
+    /// Drops the oldest messages, which are in this chunk, as far as the limits demand and none from
+    /// `keep` on; returns what is left of the chunk if anything was dropped.
+    pub(super) fn drop_oldest(&self, chunk: &Chunk, keep: MessageId) -> Option<Vec<Entry>> {
         let mut state = self.state.lock();
         if state.attached {
             return None;
@@ -435,7 +493,7 @@ impl Mailbox {
         let mut left = Vec::new();
         for entry in &chunk.entries {
             // What was begun to be delivered has to be finished.
-            if entry.id > state.inbox.begun && self.is_over(&state.inbox) {
+            if entry.id > state.inbox.begun && entry.id < keep && self.is_over(&state.inbox) {
                 state.inbox.messages = state.inbox.messages.saturating_sub(1);
                 state.inbox.bytes = state.inbox.bytes.saturating_sub(entry.message.len() as u64);
             } else {

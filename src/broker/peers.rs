@@ -26,6 +26,7 @@ use super::sessions::{Connected, NotOpened, Taken, WillFate, random_session_id};
 use super::shared::{self, Learned, Noted, Place};
 use crate::bus::wire::Item;
 use crate::cluster::{Announced, Cluster};
+use crate::failpoint;
 use crate::metrics::{Arrival, Operation};
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, PacketId, QoS, SubscriptionFilter};
@@ -209,6 +210,7 @@ impl Node {
                     in_flight,
                     will_discarded,
                 };
+                failpoint::reach("before_taken");
                 cluster.send(node, &taken);
             }
         });
@@ -390,7 +392,7 @@ impl Node {
             loop {
                 let reading = cluster.store.read_retained(range.clone());
                 match measured.measure(Operation::ReadRetained, reading).await {
-                    Err(StoreError::Unavailable(_)) => tokio::time::sleep(READ_AGAIN_AFTER).await,
+                    Err(error) if error.may_pass() => tokio::time::sleep(READ_AGAIN_AFTER).await,
                     read => return read,
                 }
             }
@@ -413,6 +415,27 @@ impl Node {
             } => self.pass_to_nodes(&message, &publisher, &nodes),
             Unstored::Retain { message, publisher } => {
                 self.retain(&message, &publisher, &mut self.flusher.add());
+            }
+        }
+    }
+
+    /// A message to this topic has been taken over by a node that may have died before it handed it on.
+    /// It lies in the inboxes of whoever wants it, and comes before whatever its publisher sends from
+    /// now on.
+    pub(crate) fn ring(&self, topic: &str) {
+        let Some(cluster) = &self.cluster else {
+            return;
+        };
+        let (matches, _) = self.subscriptions.matches(topic);
+        for found in &matches.sessions {
+            let mailbox = &found.mailbox;
+            match mailbox.holder() {
+                _ if !mailbox.is_durable() => {}
+                Some(node) => {
+                    let session = mailbox.session;
+                    cluster.send(node, &Item::Ring { session });
+                }
+                None => mailbox.doubt(),
             }
         }
     }
@@ -485,6 +508,7 @@ impl Node {
                 is_saved: true,
                 receipt: Receipt::NOTHING,
                 came_from: None,
+                is_abandoned: false,
             });
         }
         // What an earlier connection left must not be written over what comes now.
@@ -507,10 +531,14 @@ impl Node {
             durable,
             epoch_min: epoch,
         };
+        failpoint::reach("before_claim");
         let opening = cluster.open(request);
         let measured = &self.totals.store;
         let mut opened = match measured.measure(Operation::OpenSession, opening).await {
-            Ok(Some(opened)) => opened,
+            Ok(Some(opened)) => {
+                failpoint::reach("after_claim");
+                opened
+            }
             Ok(None) => {
                 self.clients.release(client_id, None);
                 return Err(NotOpened::Superseded);
@@ -565,6 +593,7 @@ impl Node {
             None => None,
         };
         self.peers.expected.lock().remove(client_id);
+        let is_abandoned = last_node.is_some() && let_go.is_none();
         if let (Some(last), None) = (last_node, &let_go) {
             // What was in flight with QoS 1 will come again without DUP.
             tracing::debug!(event = "session_not_handed_over", %client_id, node = last);
@@ -611,6 +640,7 @@ impl Node {
                 told => Inbox::Shared(told),
             },
             came_from: last_node,
+            is_abandoned,
         })
     }
 
@@ -625,7 +655,10 @@ impl Node {
         }
         let end = Change::EndSession(leftover.session);
         let receipt = match (&leftover.owner, &leftover.will) {
-            (Owner::Client(client_id), Some(will)) => self.publish_will(client_id, will, end),
+            (Owner::Client(client_id), Some(will)) => {
+                failpoint::reach("before_will");
+                self.publish_will(client_id, will, end)
+            }
             _ => self.flusher.persist(end),
         };
         self.peers
@@ -921,6 +954,11 @@ impl Node {
             } => self.receive_give(from, session, epoch, seat, entry, Arrival::from_peer()),
             item @ (Item::Unseat { .. } | Item::Settled { .. }) => {
                 self.receive_from_seat(from, item);
+            }
+            Item::Ring { session } => {
+                if let Some(mailbox) = self.shared.mailbox(session) {
+                    mailbox.doubt();
+                }
             }
         }
     }

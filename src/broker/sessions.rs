@@ -17,6 +17,7 @@ use super::mailbox::{InboxKind, Mailbox};
 use super::retained::RetainedWalk;
 use super::routes::News;
 use super::seats::SeatedMember;
+use crate::failpoint;
 use crate::metrics::{FilterKind, Where};
 use crate::mqtt::topic::{RetainHandling, SubscribeOptions};
 use crate::mqtt::{ProtocolVersion, SubscriptionFilter};
@@ -45,6 +46,8 @@ pub(crate) struct Connected {
     pub(super) epoch: u64,
     /// QoS 1 and 2 messages that may be in flight to the client.
     pub(crate) window: u16,
+    /// Whether the node that had the client before did not say that it is done with it.
+    pub(crate) is_abandoned: bool,
 }
 
 /// What CONNECT led to.
@@ -86,6 +89,8 @@ pub(super) struct Taken {
     pub(super) inbox: Inbox,
     /// The other node that had it last.
     pub(super) came_from: Option<u32>,
+    /// Whether that did not say that it is done with it.
+    pub(super) is_abandoned: bool,
 }
 
 /// What becomes of a Will as the connection ends.
@@ -176,6 +181,7 @@ impl Node {
             receipt,
             inbox,
             came_from,
+            is_abandoned,
         } = match &self.cluster {
             Some(cluster) => Box::pin(self.take_shared(cluster, terms, claim)).await?,
             None => Taken {
@@ -189,6 +195,7 @@ impl Node {
                 },
                 inbox: Inbox::Known,
                 came_from: None,
+                is_abandoned: false,
             },
         };
         let session_present = resumed.is_some();
@@ -244,6 +251,7 @@ impl Node {
             record,
             epoch,
             window: terms.send_maximum,
+            is_abandoned,
         };
         for filter in connected.subscriptions.keys() {
             self.totals.subscriptions.of(kind(filter)).inc();
@@ -936,6 +944,9 @@ impl Node {
         let due = detached.record.will.as_ref().and_then(|will| will.due_at);
         let now = [Some(unix_ms()), due].into_iter().flatten().max();
         let now = now.unwrap_or_default();
+        if detached.record.will.is_some() {
+            failpoint::reach("before_will");
+        }
         if detached.record.ends_at.is_some_and(|at| at <= now) {
             tracing::info!(event = "session_expired", %client_id);
             self.end_session(detached);

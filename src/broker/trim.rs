@@ -45,7 +45,14 @@ impl Node {
     }
 
     async fn trim(&self, mailbox: &Mailbox) {
-        let mut from = mailbox.head();
+        let (mut from, keep) = if mailbox.is_shared() {
+            let Some(keep) = self.count_inbox(mailbox).await else {
+                return;
+            };
+            (MessageId::MIN, keep)
+        } else {
+            (mailbox.head(), MessageId::MAX)
+        };
         // What is dropped has to be in the store before it can be taken out of it.
         while mailbox.is_trimmable()
             && self
@@ -77,7 +84,10 @@ impl Node {
                 if !mailbox.is_trimmable() || mailbox.consumers() != consumers {
                     break;
                 }
-                let left = mailbox.drop_oldest(&chunk);
+                if chunk.key >= keep {
+                    return;
+                }
+                let left = mailbox.drop_oldest(&chunk, keep);
                 if left.as_ref().is_none_or(Vec::is_empty) {
                     from = chunk.key.successor();
                 }
@@ -86,6 +96,36 @@ impl Node {
                     additions.rewrite(mailbox.session, Chunk { key, entries });
                 }
             }
+        }
+    }
+
+    /// Counts what this and other nodes have put into an inbox; returns the oldest message that may
+    /// stay there. Nodes that count at the same time come to the same, or to a later one of which
+    /// the other one does not know yet: so none drops more than it must because the other one does.
+    async fn count_inbox(&self, mailbox: &Mailbox) -> Option<MessageId> {
+        self.flusher.durable(self.flusher.everything()).await.ok()?;
+        let mut all = Vec::new();
+        let mut from = MessageId::MIN;
+        loop {
+            let range = InboxRange {
+                session: mailbox.session,
+                from,
+                before: MessageId::MAX,
+                bytes_max: STEP_BYTES,
+            };
+            let page = match self.store.read_inbox(range).await {
+                Ok(page) => page,
+                Err(error) => {
+                    tracing::error!(event = "inbox_unreadable", client_id = %mailbox.client_id, %error);
+                    return None;
+                }
+            };
+            let Some(last) = page.last() else {
+                return Some(mailbox.counted(&all));
+            };
+            from = last.key.successor();
+            let entries = page.iter().flat_map(|chunk| &chunk.entries);
+            all.extend(entries.map(|entry| (entry.id, entry.message.len() as u64)));
         }
     }
 }

@@ -57,6 +57,7 @@ const UNSEAT: u8 = 19;
 const GIVE: u8 = 20;
 const SETTLED: u8 = 21;
 const FIGURES: u8 = 22;
+const RING: u8 = 64;
 const WANT_MARK: u8 = 128;
 const BEAT: u8 = 129;
 const NACK: u8 = 130;
@@ -178,6 +179,9 @@ pub(crate) enum Item {
     Decide {
         written: Vec<(SessionId, MessageId)>,
     },
+    /// There may be messages in the inbox of a session that the receiver owns, and that it was not
+    /// told of by whoever wrote them.
+    Ring { session: SessionId },
     /// The sender gives the messages of a share group to its members from now on, and asks which
     /// of them are connected to the receiver.
     Dispatch {
@@ -363,7 +367,9 @@ impl Item {
     pub(crate) fn traffic(&self) -> Traffic {
         match self {
             Self::Pass { .. } | Self::Publish { .. } => Traffic::Publish,
-            Self::Deliver { .. } | Self::Offer { .. } | Self::Give { .. } => Traffic::Deliver,
+            Self::Deliver { .. } | Self::Offer { .. } | Self::Give { .. } | Self::Ring { .. } => {
+                Traffic::Deliver
+            }
             Self::Decline { .. } | Self::Acknowledge { .. } | Self::Decide { .. } => {
                 Traffic::Elision
             }
@@ -489,6 +495,10 @@ impl Item {
                 to.put_slice(&session.0);
                 put_message_id(to, *key);
                 put_message_ids(to, ids);
+            }
+            Self::Ring { session } => {
+                to.put_u8(RING);
+                to.put_slice(&session.0);
             }
             Self::Decide { written } => {
                 to.put_u8(DECIDE);
@@ -919,6 +929,9 @@ impl<'a> Reader<'a> {
                 seat: self.u64()?,
                 ids: self.list(Self::message_id)?,
             },
+            RING => Item::Ring {
+                session: self.session()?,
+            },
             kind => return self.signal(kind).map(Content::Signal),
         };
         Some(Content::Item(item))
@@ -1169,6 +1182,7 @@ mod tests {
             (session(), message_id(), vec(message_id(), 0..4))
                 .prop_map(|(session, key, ids)| Item::Acknowledge { session, key, ids }),
             vec((session(), message_id()), 0..4).prop_map(|written| Item::Decide { written }),
+            session().prop_map(|session| Item::Ring { session }),
         ]
     }
 

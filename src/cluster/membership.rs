@@ -10,6 +10,7 @@ use std::time::Duration;
 use parking_lot::RwLock;
 use tokio::time::Instant;
 
+use crate::failpoint;
 use crate::store::mongodb::{MongoStore, NodeRow, NodeState};
 use crate::store::{LogPosition, StoreError};
 
@@ -21,6 +22,10 @@ const DEAD_AFTER: Duration = Duration::from_secs(6);
 
 /// How long a node that does not count is waited for.
 const SUSPECT_AFTER: Duration = Duration::from_secs(3);
+
+/// How long a node that does not count, and is not heard of either, holds up what is read from
+/// inboxes: one and a half of its intervals.
+const SILENT_AFTER: Duration = Duration::from_millis(1500);
 
 /// A pause of this length between two looks at the others says more about this node, or the store,
 /// than about them.
@@ -76,6 +81,15 @@ impl Members {
         member.is_some_and(|member| member.seen.elapsed() < SUSPECT_AFTER)
     }
 
+    /// Nodes that have missed a count, or have just begun to.
+    pub(super) fn silent(&self) -> Vec<u32> {
+        let members = self.alive.read();
+        let silent = members
+            .iter()
+            .filter(|(_, member)| member.seen.elapsed() >= SILENT_AFTER);
+        silent.map(|(node, _)| *node).collect()
+    }
+
     /// Looks at the others, and declares dead who is. `last` is when that was done before.
     pub(super) async fn look(
         &self,
@@ -123,6 +137,7 @@ impl Members {
         let mut gone = Vec::new();
         for (node, beats) in silent {
             if store.declare_dead(node, beats).await? {
+                failpoint::reach("after_declaring_dead");
                 tracing::warn!(event = "node_dead", node);
                 self.alive.write().remove(&node);
                 changes.left.push(node);

@@ -20,6 +20,7 @@ use crate::broker::Node;
 use crate::broker::inspect::StoreHealth;
 use crate::bus::Destination;
 use crate::bus::wire::{Header, Item};
+use crate::failpoint;
 use crate::metrics::Operation;
 use crate::store::mongodb::{MongoStore, NodeState, OpenRequest, OpenedSession};
 use crate::store::{LogPosition, StoreError};
@@ -247,6 +248,7 @@ impl Cluster {
                 }
             };
             last = Instant::now();
+            self.links.suspect(&self.members.silent());
             // A node that writes nothing hears of subscriptions in no other way, should it not be
             // told; and not for ever, because the documents of nodes that are gone are removed.
             if let Err(error) = node.follow(self, &changes.positions).await {
@@ -272,7 +274,11 @@ impl Cluster {
             // They end by themselves, in a minute by default.
             tracing::warn!(event = "transactions_unended", node = gone, %error);
         }
-        while self.store.release_sessions_of(gone, WILL_GRACE).await? {}
+        let mut are_left = true;
+        while are_left {
+            are_left = self.store.release_sessions_of(gone, WILL_GRACE).await?;
+            failpoint::reach("after_releasing");
+        }
         Ok(())
     }
 

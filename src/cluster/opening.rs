@@ -37,7 +37,7 @@ async fn open_group(
     let deadline = Instant::now() + store.timeout();
     loop {
         match store.open(requests.clone()).await {
-            Err(StoreError::Unavailable(_)) if Instant::now() < deadline => {
+            Err(error) if error.may_pass() && Instant::now() < deadline => {
                 tokio::time::sleep(AGAIN_AFTER).await;
             }
             outcome => return outcome,

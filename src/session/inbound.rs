@@ -120,6 +120,8 @@ impl Session {
             let exactly_once = publish.qos == QoS::ExactlyOnce;
             // A repeat before PUBREL is acknowledged again but not routed again, [MQTT-4.3.3-10].
             if exactly_once && self.inbound.awaiting_release.contains(&packet_id) {
+                let topic = topic.into();
+                self.actions.push(Action::Repeated { topic });
                 let reply = Reply::new(ReplyKind::PubRec, packet_id, ReasonCode::Success);
                 self.actions.push(Action::Reply(reply));
                 return Ok(());

@@ -11,6 +11,7 @@ pub(crate) mod connect;
 pub(crate) mod inbound;
 pub(crate) mod outbound;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -62,6 +63,11 @@ pub(crate) enum Action {
     Publish {
         message: Message,
         packet_id: Option<PacketId>,
+    },
+    /// A message of QoS 2 to this topic came again. Whoever took it over may have died before it told
+    /// those who want it.
+    Repeated {
+        topic: Arc<str>,
     },
     /// Becomes durable before any later reply is sent.
     Persist(Change),

@@ -95,6 +95,17 @@ pub(crate) enum StoreError {
     Fenced,
 }
 
+impl StoreError {
+    /// Whether the same may succeed later, without a new start: by itself, or, of what has been
+    /// usable, when somebody mends it. Until then nothing of it may be acknowledged.
+    pub(crate) fn may_pass(&self) -> bool {
+        match self {
+            Self::Unavailable(_) | Self::Unusable { .. } => true,
+            Self::InUse { .. } | Self::Io(_) | Self::Damaged { .. } | Self::Fenced => false,
+        }
+    }
+}
+
 /// What a write came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Written {

@@ -3,12 +3,21 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use parking_lot::Mutex;
+use tokio::time::Instant;
+
+/// How long a node says nothing before it can be taken for one that says nothing any more.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// The mark of each node that is alive: it will write no message of that clock value or a smaller
 /// one any more, and what it pushed to this node of those has been received.
+///
+/// A node that has died is alive until that is known for certain, and those who wait for its mark
+/// would wait as long. So one that shows no sign of life is left out ([`Marks::suspect`]). Should it
+/// go on after all, it hands on what it writes, and that is then read from the inbox.
 #[derive(Debug)]
 pub(crate) struct Marks {
     /// The least of all marks.
@@ -20,6 +29,10 @@ pub(crate) struct Marks {
 struct State {
     /// 0 until a node has been heard of.
     marks: HashMap<u32, u64>,
+    /// When each was last heard of.
+    heard: HashMap<u32, Instant>,
+    /// Those that are not waited for.
+    suspects: HashSet<u32>,
     /// Of nodes that have been heard of before they were known to be alive.
     early: HashMap<u32, u64>,
     /// By the clock value that they wait for.
@@ -35,7 +48,7 @@ impl Marks {
     }
 
     /// Nothing of this clock value or a smaller one comes any more, from whatever node that is
-    /// alive; `u64::MAX` if there is no other. Falls when a node joins.
+    /// alive; `u64::MAX` if there is no other. Falls when a node joins, or goes on.
     pub(crate) fn safe(&self) -> u64 {
         self.safe.load(Ordering::Acquire)
     }
@@ -63,7 +76,13 @@ impl Marks {
 
     pub(super) fn set_alive(&self, others: impl Iterator<Item = u32>) {
         let mut state = self.state.lock();
-        let State { marks, early, .. } = &mut *state;
+        let State {
+            marks,
+            heard,
+            suspects,
+            early,
+            ..
+        } = &mut *state;
         let known = std::mem::take(marks);
         *marks = others
             .map(|node| {
@@ -71,17 +90,44 @@ impl Marks {
                 (node, mark.unwrap_or(0))
             })
             .collect();
+        heard.retain(|node, _| marks.contains_key(node));
+        suspects.retain(|node| marks.contains_key(node));
+        self.settle(state);
+    }
+
+    /// Does not wait for these nodes, which do not show in the store that they are alive, unless they
+    /// have been heard of just now.
+    pub(super) fn suspect(&self, nodes: impl Iterator<Item = u32>) {
+        let mut state = self.state.lock();
+        let State {
+            marks,
+            heard,
+            suspects,
+            ..
+        } = &mut *state;
+        let is_silent = |node: &u32| heard.get(node).is_none_or(|at| at.elapsed() >= SILENCE);
+        *suspects = nodes
+            .filter(|node| marks.contains_key(node) && is_silent(node))
+            .collect();
         self.settle(state);
     }
 
     pub(super) fn hear(&self, node: u32, durable_hlc: u64) {
         let mut state = self.state.lock();
-        let State { marks, early, .. } = &mut *state;
+        let State {
+            marks,
+            heard,
+            suspects,
+            early,
+            ..
+        } = &mut *state;
         let Some(mark) = marks.get_mut(&node) else {
             early.insert(node, durable_hlc);
             return;
         };
         *mark = durable_hlc.max(*mark);
+        heard.insert(node, Instant::now());
+        suspects.remove(&node);
         self.settle(state);
     }
 
@@ -91,7 +137,11 @@ impl Marks {
     }
 
     fn settle(&self, mut state: parking_lot::MutexGuard<'_, State>) {
-        let safe = state.marks.values().copied().min().unwrap_or(u64::MAX);
+        let State {
+            marks, suspects, ..
+        } = &*state;
+        let marks = marks.iter().filter(|(node, _)| !suspects.contains(*node));
+        let safe = marks.map(|(_, mark)| *mark).min().unwrap_or(u64::MAX);
         self.safe.store(safe, Ordering::Release);
         let reached = match safe.checked_add(1) {
             Some(beyond) => {
@@ -123,6 +173,23 @@ mod tests {
         assert_eq!(marks.safe(), 20, "a mark never falls");
         marks.set_alive([3].into_iter());
         assert_eq!(marks.safe(), 30);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silent_suspect_is_not_waited_for_until_it_goes_on() {
+        let marks = Marks::new();
+        marks.set_alive([2, 3].into_iter());
+        marks.hear(2, 20);
+        marks.hear(3, 30);
+        marks.suspect([2].into_iter());
+        assert_eq!(marks.safe(), 20, "it was heard of just now");
+
+        tokio::time::advance(SILENCE).await;
+        marks.hear(3, 40);
+        marks.suspect([2].into_iter());
+        assert_eq!(marks.safe(), 40);
+        marks.hear(2, 21);
+        assert_eq!(marks.safe(), 21);
     }
 
     #[tokio::test]

@@ -349,6 +349,11 @@ impl Links {
         self.membership_changed.notify_one();
     }
 
+    /// Does not wait for the marks of these nodes any more, unless they are heard of.
+    pub(crate) fn suspect(&self, nodes: &[u32]) {
+        self.marks.suspect(nodes.iter().copied());
+    }
+
     pub(crate) fn marks(&self) -> &Marks {
         &self.marks
     }

@@ -33,6 +33,7 @@ use crate::broker::retained::RetainedWalk;
 use crate::broker::sessions::{Connected, WillFate};
 use crate::broker::sys::ClientEvent;
 use crate::broker::{LastTopic, Node, Publisher};
+use crate::failpoint;
 use crate::metrics::{
     Arrival, Asked, Closed, Dropped, Rejected, Tally, Throttle, Violation, Where,
 };
@@ -526,6 +527,11 @@ impl Connection {
     /// Performs an action that takes no time.
     fn perform(&mut self, action: Action) {
         match action {
+            Action::Repeated { topic } => {
+                if self.connected.is_abandoned {
+                    self.context.node.ring(&topic);
+                }
+            }
             Action::Persist(change) => self.persist(change),
             Action::Reply(reply) => self.reply(self.last_receipt, reply, Arrival::NONE),
             Action::Unsubscribe(request) => self.unsubscribe(request),
@@ -709,6 +715,12 @@ impl Connection {
     fn send_reply(&mut self, reply: Reply) {
         self.session.replied(reply);
         let ack = Acknowledgement::with_reason(reply.packet_id, reply.reason);
+        failpoint::reach(match reply.kind {
+            ReplyKind::PubAck => "before_puback",
+            ReplyKind::PubRec => "before_pubrec",
+            ReplyKind::PubRel => "before_pubrel",
+            ReplyKind::PubComp => "before_pubcomp",
+        });
         let packet = match reply.kind {
             ReplyKind::PubAck => Packet::PubAck(ack),
             ReplyKind::PubRec => Packet::PubRec(ack),
@@ -778,7 +790,10 @@ impl Connection {
                         properties,
                     }));
                 }
-                Pending::Publish(outgoing) => self.send_publish(&outgoing, now),
+                Pending::Publish(outgoing) => {
+                    failpoint::reach("before_qos2_publish");
+                    self.send_publish(&outgoing, now);
+                }
             }
         }
     }

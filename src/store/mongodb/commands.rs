@@ -10,7 +10,10 @@ use std::time::Duration;
 use bson::raw::{CString, RawArrayBuf, RawDocument, RawDocumentBuf};
 use bson::{Binary, Bson, Document, RawBson, Timestamp, cstr, rawdoc, spec::BinarySubtype};
 use futures_util::StreamExt;
-use mongodb::error::{Error, ErrorKind, TRANSIENT_TRANSACTION_ERROR, WriteFailure};
+use mongodb::error::{
+    Error, ErrorKind, RETRYABLE_WRITE_ERROR, TRANSIENT_TRANSACTION_ERROR,
+    UNKNOWN_TRANSACTION_COMMIT_RESULT, WriteFailure,
+};
 use mongodb::raw_batch_cursor::RawBatch;
 use mongodb::{ClientSession, Database};
 
@@ -29,14 +32,25 @@ const DUPLICATE_KEY: i32 = 11_000;
 const NAMESPACE_EXISTS: i32 = 48;
 /// What an update would make of a document, or of an answer, is beyond 16 MiB.
 const TOO_LARGE: [i32; 3] = [10_334, 17_419, 17_420];
+/// Codes of what stays as it is until somebody mends it: no such user, no right, no such command or
+/// not on this deployment, rules that somebody has made for the documents, indexes that are in the
+/// way.
+const REFUSED: [i32; 13] = [11, 13, 18, 20, 31, 59, 67, 85, 86, 115, 121, 166, 8000];
 const UNAUTHORIZED: i32 = 13;
-const AUTHENTICATION_FAILED: i32 = 18;
 
-/// Codes of what may succeed when it is tried again: no primary, shutting down, too slow, no room,
-/// in conflict with another write.
-const PASSING: [i32; 34] = [
-    6, 7, 24, 46, 50, 64, 89, 91, 100, 112, 133, 134, 189, 202, 211, 225, 239, 244, 246, 251, 262,
-    279, 290, 317, 391, 9001, 10058, 10107, 11600, 11601, 11602, 13435, 13436, 14031,
+/// Codes of what the server will never accept, however often it is asked: that is our mistake.
+const NONSENSE: [i32; 23] = [
+    2, 9, 14, 15, 16, 17, 22, 28, 40, 52, 53, 54, 56, 57, 66, 72, 73, 168, 257, 263, 322, 323,
+    40_415,
+];
+
+/// Labels of what is to be tried again, whatever its code: also of what the driver, or a newer
+/// server, knows better than we do.
+const AGAIN: [&str; 4] = [
+    RETRYABLE_WRITE_ERROR,
+    UNKNOWN_TRANSACTION_COMMIT_RESULT,
+    "RetryableError",
+    "SystemOverloadedError",
 ];
 
 /// Where commands go to, and how long they may take.
@@ -265,9 +279,14 @@ impl Commands {
             ErrorKind::Command(_) if error.contains_label(TRANSIENT_TRANSACTION_ERROR) => {
                 Failure::Conflict
             }
+            _ if AGAIN.iter().any(|label| error.contains_label(label)) => {
+                StoreError::Unavailable(error_text()).into()
+            }
             ErrorKind::Command(command) => self.by_code(command.code, &command.message).into(),
             ErrorKind::Write(WriteFailure::WriteConcernError(_))
             | ErrorKind::Io(_)
+            // Another attempt has another connection, and perhaps another server.
+            | ErrorKind::InvalidResponse { .. }
             | ErrorKind::ConnectionPoolCleared { .. }
             | ErrorKind::ServerSelection { .. }
             | ErrorKind::DnsResolve { .. } => StoreError::Unavailable(error_text()).into(),
@@ -280,16 +299,21 @@ impl Commands {
         }
     }
 
+    /// What is not known to be final may pass: no primary, shutting down, too slow, no room, in
+    /// conflict with another write, an error inside of the server. Nothing is acknowledged while it
+    /// is tried again; that is all there is to lose.
     fn by_code(&self, code: i32, reason: &str) -> StoreError {
-        if PASSING.contains(&code) {
-            return StoreError::Unavailable(format!("{reason} ({code})"));
+        if REFUSED.contains(&code) {
+            let remedy = match code {
+                UNAUTHORIZED => "; midge's user needs the role readWrite on this database",
+                _ => "",
+            };
+            return self.unusable(format!("{reason} ({code}){remedy}"));
         }
-        if matches!(code, UNAUTHORIZED | AUTHENTICATION_FAILED) {
-            return self.unusable(format!(
-                "{reason}; midge's user needs the role readWrite on this database"
-            ));
+        if NONSENSE.contains(&code) || TOO_LARGE.contains(&code) {
+            return StoreError::Io(format!("{reason} ({code})"));
         }
-        StoreError::Io(format!("{reason} ({code})"))
+        StoreError::Unavailable(format!("{reason} ({code})"))
     }
 
     pub(super) fn unusable(&self, reason: impl Into<String>) -> StoreError {

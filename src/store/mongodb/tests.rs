@@ -12,7 +12,7 @@ use crate::store::contract::{
     Fixture, chunk, enqueue, everything_of, filter, load, message, read_all, record, session,
     store_contract, subscribe,
 };
-use crate::store::{LogPosition, Owner, Retained, SessionRecord, WillRecord};
+use crate::store::{LogPosition, MessageId, Owner, Retained, SessionRecord, WillRecord};
 
 /// A database of its own on a server that tests share.
 struct MongoFixture {
@@ -1095,6 +1095,158 @@ async fn insert_that_failed_or_seemed_to_may_be_repeated() {
         assert_eq!(inbox.last(), Some(&chunk(hlc, 1)));
         assert_eq!(inbox.len() as u64, hlc);
     }
+}
+
+#[tokio::test]
+async fn error_passes_unless_somebody_has_to_mend_it_or_the_command_is_wrong() {
+    let fixture = MongoFixture::on(Server::with_failpoints().await).await;
+    let store = &fixture.store;
+    let retryable = bson::doc! { "errorCode": 2, "errorLabels": ["RetryableWriteError"] };
+    let overloaded = bson::doc! { "errorCode": 2, "errorLabels": ["SystemOverloadedError"] };
+    let code = |code: i32| bson::doc! { "errorCode": code };
+    // InternalError, UnknownError, ConflictingOperationInProgress, ExceededTimeLimit,
+    // TemporarilyUnavailable, OutOfDiskSpace, one that only a later server knows.
+    let passing = [1, 8, 117, 262, 365, 14_031, 999_999].map(code);
+    for how in passing.into_iter().chain([retryable, overloaded]) {
+        fail_next(&fixture, "insert", how.clone()).await;
+        let changes = Arc::new(vec![enqueue(session(1), &chunk(1, 1))]);
+        let failed = store.write(changes, None).await.unwrap_err();
+        assert!(
+            matches!(failed, StoreError::Unavailable(_)),
+            "{how}: {failed}"
+        );
+        fail(&fixture, "find", "alwaysOn", how.clone()).await;
+        let failed = store.read_inbox(everything_in(session(1))).await;
+        fail(&fixture, "find", "off", bson::doc! {}).await;
+        assert!(
+            matches!(failed, Err(StoreError::Unavailable(_))),
+            "{how}: {failed:?}"
+        );
+    }
+    // Unauthorized, AuthenticationFailed, AtlasError.
+    for refused in [13, 18, 8000] {
+        fail_next(&fixture, "insert", code(refused)).await;
+        let changes = Arc::new(vec![enqueue(session(1), &chunk(1, 1))]);
+        let failed = store.write(changes, None).await.unwrap_err();
+        assert!(
+            matches!(failed, StoreError::Unusable { .. }),
+            "{refused}: {failed}"
+        );
+        assert_eq!(failed.to_string().contains("readWrite"), refused == 13);
+    }
+    // BadValue, FailedToParse, BSONObjectTooLarge.
+    for nonsense in [2, 9, 10_334] {
+        fail_next(&fixture, "insert", code(nonsense)).await;
+        let changes = Arc::new(vec![enqueue(session(1), &chunk(1, 1))]);
+        let failed = store.write(changes, None).await.unwrap_err();
+        assert!(matches!(failed, StoreError::Io(_)), "{nonsense}: {failed}");
+    }
+}
+
+fn everything_in(session: SessionId) -> InboxRange {
+    InboxRange {
+        session,
+        from: MessageId::MIN,
+        before: MessageId::MAX,
+        bytes_max: usize::MAX,
+    }
+}
+
+/// Takes the session of a client, although that may not succeed at once.
+async fn open_at_last(store: &MongoStore, request: OpenRequest) -> OpenedSession {
+    loop {
+        match store.open(vec![request.clone()]).await {
+            Ok(mut opened) => return opened.remove(0).expect("nobody else connects"),
+            Err(error) => assert!(error.may_pass(), "{error}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn connect_that_failed_or_seemed_to_opens_once() {
+    let fixture = MongoFixture::on(Server::with_failpoints().await).await;
+    let store = &fixture.store;
+    let too_slow = bson::doc! { "writeConcernError": { "code": 64, "errmsg": "too slow" } };
+    let ways = [
+        ("update", bson::doc! { "errorCode": 91 }),
+        ("update", bson::doc! { "errorCode": 1 }),
+        ("update", bson::doc! { "closeConnection": true }),
+        // It has been taken, and that may be lost with the primary.
+        ("update", too_slow),
+        ("find", bson::doc! { "errorCode": 262 }),
+        ("find", bson::doc! { "closeConnection": true }),
+    ];
+    for (number, (command, how)) in (1..).zip(ways) {
+        fail_next(&fixture, command, how).await;
+
+        let opened = open_at_last(store, request("client", session(number))).await;
+        assert_eq!(opened.epoch, u64::from(number));
+        assert_eq!(opened.present, number > 1);
+        assert_eq!(opened.session.record.session, session(1));
+    }
+}
+
+#[tokio::test]
+async fn transaction_that_fails_for_no_known_reason_is_written_once_in_the_end() {
+    let fixture = MongoFixture::on(Server::with_failpoints().await).await;
+    let store = &fixture.store;
+    open(store, request("client", session(1))).await;
+    for (entry, command, how) in [
+        (1, "insert", bson::doc! { "errorCode": 1 }),
+        (2, "update", bson::doc! { "errorCode": 262 }),
+        (3, "update", bson::doc! { "closeConnection": true }),
+        (4, "commitTransaction", bson::doc! { "errorCode": 1 }),
+        (5, "commitTransaction", bson::doc! { "errorCode": 13 }),
+        (6, "abortTransaction", bson::doc! { "errorCode": 1 }),
+    ] {
+        fail_next(&fixture, command, how).await;
+        let changes = Arc::new(vec![
+            subscribe(session(1), "a"),
+            guarded(session(2), chunk(entry, 1), session(1)),
+        ]);
+
+        let written = loop {
+            match store.write(changes.clone(), None).await {
+                Ok(written) => break written,
+                Err(error) => assert!(error.may_pass(), "{command}: {error}"),
+            }
+        };
+        assert_eq!(written.lost, []);
+        assert_eq!(written.subscriptions[0].entry, entry);
+        assert_eq!(
+            read_all(&**store, session(2)).await.len() as u64,
+            entry,
+            "{command}"
+        );
+    }
+}
+
+/// A publisher that sends it again is answered without another look.
+#[tokio::test]
+async fn exactly_once_message_is_taken_over_only_after_it_is_retained() {
+    let fixture = MongoFixture::on(Server::with_failpoints().await).await;
+    let store = &fixture.store;
+    open(store, request("client", session(1))).await;
+    let retained = Change::Retain {
+        retained: Retained {
+            message: message("topic", b"payload"),
+            publisher: "client".into(),
+        },
+        at: chunk(1, 1).key,
+    };
+    let changes = Arc::new(vec![await_release(session(1)), retained]);
+    let namespace = format!("{}.{RETAINED}", fixture.database);
+    let how = bson::doc! { "errorCode": 91, "namespace": namespace };
+    fail_next(&fixture, "update", how).await;
+
+    let failed = store.write(changes.clone(), None).await.unwrap_err();
+    assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
+    let stored = load(&**store).await;
+    assert!(stored.sessions[0].awaiting_release.is_empty());
+    store.write(changes, None).await.unwrap();
+    let stored = load(&**store).await;
+    assert_eq!(stored.sessions[0].awaiting_release.len(), 1);
+    assert_eq!(stored.retained.len(), 1);
 }
 
 #[tokio::test]

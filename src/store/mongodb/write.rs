@@ -33,6 +33,7 @@ use super::documents::{
 };
 use super::held::{Held, Hold};
 use super::log::{self, LogAction, LogOp};
+use crate::failpoint;
 use crate::mqtt::SubscriptionFilter;
 use crate::store::{
     Change, Chunk, LogPosition, MessageId, Owner, Retained, SessionId, SessionRecord, StoreError,
@@ -138,8 +139,16 @@ impl MongoStore {
         followed: Option<&[LogPosition]>,
     ) -> Result<Written, StoreError> {
         let mut batch = Batch::of(changes);
-        let retained = std::mem::take(&mut batch.retained);
+        let mut retained = std::mem::take(&mut batch.retained);
         let plain = batch.take_plain();
+        let mut earlier = None;
+        if !batch.is_empty() {
+            // Before the transaction: once that has been committed, a publisher that sends its message
+            // again is answered, and nothing more is done about it. It does no harm if the message is
+            // retained and nothing comes of the rest: it is published again.
+            let retained = std::mem::take(&mut retained);
+            earlier = self.write_retained(&retained).await?;
+        }
         // Each is waited for, even if another one has failed: a transaction would be left open.
         let (together, plain, retained) = tokio::join!(
             self.write_together(changes, batch, followed),
@@ -153,7 +162,8 @@ impl MongoStore {
                 ..Written::default()
             }),
             (Outcome::Committed(Committed { lost, time }), plain, retained) => {
-                let subscriptions = self.log_positions(time.max(plain).max(retained)).await?;
+                let time = time.max(plain).max(retained).max(earlier);
+                let subscriptions = self.log_positions(time).await?;
                 self.transactions.lock().await.last = None;
                 Ok(Written {
                     lost,
@@ -228,6 +238,9 @@ impl MongoStore {
             Ok::<_, StoreError>((batch.first, outcome))
         });
         let outcomes = try_join_all(outcomes).await?;
+        if !outcomes.is_empty() {
+            failpoint::reach("after_insert");
+        }
         let mut time = outcomes
             .iter()
             .map(|(_, outcome)| outcome.time)
@@ -377,8 +390,12 @@ impl MongoStore {
             return Ok(None);
         };
         if finished.unknown.is_some() {
+            failpoint::reach("before_commit");
             match self.commit(session).await {
-                Ok(time) => finished.committed.time = time,
+                Ok(time) => {
+                    failpoint::reach("after_commit");
+                    finished.committed.time = time;
+                }
                 Err(Failure::Conflict) => {
                     *last = None;
                     return Ok(None);
