@@ -8,7 +8,7 @@ use std::time::Duration;
 use std::{env, process};
 
 use mongodb::Client;
-use mongodb::bson::{Document, doc};
+use mongodb::bson::{Bson, Document, doc};
 use mongodb::options::ClientOptions;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -89,19 +89,58 @@ impl Mongod {
     /// Makes everything slow that a client of the name `client` inserts into `collection`.
     pub(crate) async fn slow_down(&self, client: &str, collection: &str, delay: Duration) {
         let delay = i64::try_from(delay.as_millis()).unwrap();
+        let how = doc! {
+            "namespace": collection,
+            "blockConnection": true,
+            "blockTimeMS": delay,
+        };
+        self.fail(client, &["insert"], "alwaysOn", how).await;
+    }
+
+    /// Makes `commands` fail that a client of the name `client` sends, when and as MongoDB's
+    /// failpoint `failCommand` understands `mode` and `how`; that undoes what was said before.
+    pub(crate) async fn fail(
+        &self,
+        client: &str,
+        commands: &[&str],
+        mode: impl Into<Bson>,
+        how: Document,
+    ) {
+        let mut data = doc! { "failCommands": commands.to_vec(), "appName": client };
+        data.extend(how);
         let failpoint = doc! {
             "configureFailPoint": "failCommand",
-            "mode": "alwaysOn",
-            "data": {
-                "failCommands": ["insert"],
-                "appName": client,
-                "namespace": collection,
-                "blockConnection": true,
-                "blockTimeMS": delay,
-            },
+            "mode": mode.into(),
+            "data": data,
         };
         let admin = self.client().await.database("admin");
         admin.run_command(failpoint).await.unwrap();
+    }
+
+    /// Finds it directly, whatever its state.
+    pub(crate) fn uri(&self) -> String {
+        direct_uri(self.address())
+    }
+
+    /// Writes something that no other member has.
+    pub(crate) async fn write_alone(&self, database: &Database) {
+        let collection = self.client().await.database(&database.name);
+        let insert = doc! {
+            "insert": "alone",
+            "documents": [{ "_id": 1 }],
+            "writeConcern": { "w": 1 },
+        };
+        collection.run_command(insert).await.unwrap();
+    }
+
+    /// Waits until it has undone what no other member had.
+    #[track_caller]
+    pub(crate) fn wait_until_rolled_back(&self) {
+        let log = self.process.log();
+        log.wait_for("\"Rollback complete\"", |lines| {
+            let done = |line: &&String| line.contains("\"Rollback complete\"");
+            lines.iter().find(done).cloned()
+        });
     }
 
     /// Whether it is the primary; it is not when it does not answer.
@@ -244,6 +283,11 @@ impl ReplicaSet {
         &mut self.members[member].mongod
     }
 
+    /// Where a member itself is, without a proxy.
+    pub(crate) fn address(&self, member: usize) -> SocketAddr {
+        self.members[member].mongod.address()
+    }
+
     /// The only proxy in front of this member.
     pub(crate) fn proxy(&self, member: usize) -> &Proxy {
         let proxy = self.members[member].proxy.as_ref();
@@ -309,6 +353,14 @@ impl Database {
     pub(crate) fn shared() -> Self {
         let uri = env::var("MIDGE_TEST_MONGODB_URI");
         Self::on(uri.expect("`./test` sets MIDGE_TEST_MONGODB_URI"))
+    }
+
+    /// Documents in a collection.
+    pub(crate) async fn count(&self, collection: &str) -> u64 {
+        let client = Client::with_uri_str(&self.uri).await.unwrap();
+        let database = client.database(&self.name);
+        let documents = database.collection::<Document>(collection);
+        documents.count_documents(doc! {}).await.unwrap()
     }
 
     /// The same database for a client that the server knows by this name.

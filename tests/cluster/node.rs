@@ -14,7 +14,7 @@ use crate::process::Process;
 use crate::proxy::Proxy;
 use crate::traffic::Server;
 
-/// Keys and values of a node's configuration.
+/// Keys and values of a node's configuration; those that begin with `MIDGE_` are of its environment.
 pub(crate) type Settings = Vec<(String, String)>;
 
 impl Database {
@@ -122,10 +122,44 @@ impl Node {
         });
     }
 
+    /// Whether it has logged an event of this name until now.
+    pub(crate) fn has_logged(&self, name: &str) -> bool {
+        event(&self.process.log().so_far(), name).is_some()
+    }
+
     /// Ends it as a power cut would.
     pub(crate) fn kill(&mut self) {
         self.leave();
         self.process.kill();
+    }
+
+    /// How much memory it takes.
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        self.process.resident_bytes()
+    }
+
+    /// From its next start on it crashes or stops at these places: see `src/failpoint.rs`.
+    pub(crate) fn fail_at(&mut self, failpoints: &str) {
+        self.settings.retain(|(key, _)| key != FAILPOINTS);
+        self.settings
+            .push((FAILPOINTS.to_owned(), failpoints.to_owned()));
+    }
+
+    /// The place at which it has crashed, if it has.
+    pub(crate) fn crashed_at(&self) -> Option<String> {
+        if !self.process.has_ended() {
+            return None;
+        }
+        let failpoint = event(&self.process.log().so_far(), "failpoint");
+        let failpoint = failpoint.expect("it ends at a failpoint");
+        Some(failpoint["name"].as_str().unwrap().to_owned())
+    }
+
+    /// Starts it again, after it has crashed.
+    #[track_caller]
+    pub(crate) fn start_after_crash(&mut self) {
+        self.kill();
+        self.start_again();
     }
 
     /// Starts it again, after it has ended.
@@ -150,6 +184,11 @@ impl Node {
         self.enter();
     }
 
+    /// Lets it go on after it has stopped by itself: its clients have stayed.
+    pub(crate) fn thaw_in_place(&self) {
+        self.process.thaw();
+    }
+
     /// Waits until it serves again after the others had declared it dead.
     #[track_caller]
     pub(crate) fn wait_until_anew(&self) {
@@ -160,6 +199,18 @@ impl Node {
             event(again, "listener_started")
         });
         self.front.retarget(address(&started));
+    }
+
+    /// Sends clients to where it has started anew, if others had declared it dead.
+    pub(crate) fn follow_new_starts(&self) {
+        let lines = self.process.log().so_far();
+        let start = lines.iter().rposition(|line| is_event(line, "fenced"));
+        if let Some(start) = start
+            && event(&lines[start..], "ready").is_some()
+            && let Some(started) = event(&lines[start..], "listener_started")
+        {
+            self.front.retarget(address(&started));
+        }
     }
 
     /// Ends it as an operator does.
@@ -189,12 +240,19 @@ impl Node {
     }
 }
 
+/// What a node's failpoints are set by.
+pub(crate) const FAILPOINTS: &str = "MIDGE_TEST_FAILPOINTS";
+
 fn spawn(name: &str, settings: &Settings) -> Process {
     let mut command = Command::new(env!("CARGO_BIN_EXE_midge"));
     command.args(["serve", "--set", "listeners.tcp.bind=127.0.0.1:0"]);
     command.args(["--set", "http.bind=127.0.0.1:0"]);
     for (key, value) in settings {
-        command.arg("--set").arg(format!("{key}={value}"));
+        if key.starts_with("MIDGE_") {
+            command.env(key, value);
+        } else {
+            command.arg("--set").arg(format!("{key}={value}"));
+        }
     }
     command
         .stdin(Stdio::null())

@@ -42,6 +42,37 @@ async fn a_node_is_killed_and_another_starts() {
     workload.finish().await;
 }
 
+/// Scenario 1: whoever was at a node that is killed goes on before anybody is certain that it is dead.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_of_a_node_that_is_killed_go_on_elsewhere_soon() {
+    let mut cluster = start(3, &Database::shared()).await;
+    let connect = Connect::persistent(Version::V5, "subscriber");
+    let mut subscriber = Client::connect(cluster.node(0).address(), &connect).await;
+    subscriber.subscribe("news", 1).await.unwrap();
+    let publisher = Connect::fleeting(Version::V5, "publisher");
+    let mut publisher = Client::connect(cluster.node(2).address(), &publisher).await;
+    let mut news = (0..).map(|number: u32| Publish::new("news", &number.to_string(), 1));
+    let mut publish = async || {
+        let publish = news.next().expect("there is always more");
+        publisher.publish(&publish).await.unwrap();
+    };
+
+    for _ in 0..10 {
+        publish().await;
+    }
+    cluster.node(0).kill();
+    publish().await;
+    let mut subscriber = Client::connect(cluster.node(1).address(), &connect).await;
+    assert!(subscriber.session_present);
+    publish().await;
+    for number in 0..12 {
+        let message = subscriber.message().await.unwrap();
+        assert_eq!(message.text(), number.to_string());
+    }
+    assert!(!cluster.node(1).has_logged("node_dead"));
+    assert!(!cluster.node(2).has_logged("node_dead"));
+}
+
 /// Scenario 3: nothing but MongoDB knows what there was.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_nodes_are_killed_at_once() {
@@ -105,6 +136,35 @@ async fn the_primary_steps_down_and_is_killed() {
     set.mongod(primary).kill();
     workload.wait_for_percent(seed.between(60, 90)).await;
     set.mongod(primary).start_again();
+
+    workload.finish().await;
+}
+
+/// Scenario 13: what a primary has taken that no other member has is undone when it comes back, and
+/// nobody had been told that it was safe.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_is_left_alone_and_undoes_what_it_did() {
+    let mut seed = Seed::new();
+    let mut set = ReplicaSet::start(3).await;
+    let cluster = start(2, &Database::on(set.uri())).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+
+    workload.wait_for_percent(seed.between(10, 50)).await;
+    let primary = set.primary().await;
+    let secondaries: Vec<_> = (0..3).filter(|member| *member != primary).collect();
+    for member in &secondaries {
+        set.mongod(*member).freeze();
+    }
+    let database = Database::on(set.mongod(primary).uri());
+    set.mongod(primary).write_alone(&database).await;
+    set.mongod(primary).freeze();
+    for member in &secondaries {
+        set.mongod(*member).thaw();
+    }
+    set.primary_other_than(primary).await;
+    workload.wait_for_percent(70).await;
+    set.mongod(primary).thaw();
+    set.mongod(primary).wait_until_rolled_back();
 
     workload.finish().await;
 }

@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use crate::client::Client;
 use crate::history::{Event, Message, Stream};
 use crate::seed::Seed;
-use crate::traffic::{Publisher, Server, Subscriber, World};
+use crate::traffic::{Progress, Publisher, Server, Subscriber, World};
 use crate::wire::{Connect, Version, Will};
 
 /// How much there is to do.
@@ -22,6 +22,8 @@ pub(crate) struct Size {
     pub(crate) messages: u32,
     /// Clients with a Will.
     pub(crate) mortals: u16,
+    /// Publishers go on after that, until [`Workload::finish`].
+    pub(crate) goes_on: bool,
 }
 
 impl Size {
@@ -32,6 +34,7 @@ impl Size {
             subscribers: 3,
             messages: 150,
             mortals: 12,
+            goes_on: false,
         }
     }
 
@@ -48,6 +51,8 @@ pub(crate) struct Workload {
     publishers: Vec<JoinHandle<()>>,
     subscribers: Vec<JoinHandle<Subscriber>>,
     mortals: JoinHandle<()>,
+    /// Said to publishers, and to subscribers.
+    enough: watch::Sender<bool>,
     stop: watch::Sender<bool>,
 }
 
@@ -60,6 +65,7 @@ impl Workload {
     ) -> Self {
         let world = World::across(servers, seed.split());
         let stop = watch::Sender::new(false);
+        let enough = watch::Sender::new(false);
         let mut subscribers = Vec::new();
         for number in 0..size.subscribers {
             let subscriber = Subscriber::new(&format!("subscriber-{number}"), version(number));
@@ -75,9 +81,15 @@ impl Workload {
         subscribers.push(tokio::spawn(leave_early(leaver, world.clone(), third * 2)));
 
         let publishers = (0..size.publishers).map(|number| {
+            let messages = if size.goes_on {
+                u32::MAX
+            } else {
+                size.messages
+            };
             let publisher = Publisher {
                 stay: u32::try_from(seed.between(50, 300)).unwrap(),
-                ..Publisher::new(number, version(number), size.messages)
+                stop: Some(enough.subscribe()),
+                ..Publisher::new(number, version(number), messages)
             };
             publisher.start(&world)
         });
@@ -89,8 +101,13 @@ impl Workload {
             publishers,
             subscribers,
             mortals,
+            enough,
             stop,
         }
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        self.world.progress()
     }
 
     /// Waits until so much of all messages has been acknowledged.
@@ -104,6 +121,10 @@ impl Workload {
     /// Waits until everything is published and received, and fails the test if a promise was
     /// broken. At least one node must run.
     pub(crate) async fn finish(self) {
+        if self.size.goes_on {
+            self.wait_for_percent(100).await;
+            self.enough.send_replace(true);
+        }
         for publisher in self.publishers {
             publisher.await.unwrap();
         }

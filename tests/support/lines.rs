@@ -57,6 +57,12 @@ impl Lines {
         self.shared.printed.lock().lines.clone()
     }
 
+    /// Whether the process has closed the stream.
+    #[allow(dead_code, reason = "the cluster tests use it")]
+    pub(crate) fn has_ended(&self) -> bool {
+        self.shared.printed.lock().ended
+    }
+
     /// Waits until `find` sees what it looks for in all lines up to now.
     ///
     /// # Panics
