@@ -24,7 +24,7 @@ STEP_SECONDS = 2
 CELL_WIDTH, CELL_HEIGHT, GAP = 58, 30, 6
 PALETTE = ["#73bf69", "#f2cc0c", "#8ab8ff", "#ff780a", "#f2495c", "#5794f2", "#b877d9", "#37872d", "#fade2a", "#c4162a",
            "#96d98d", "#ffee52", "#705da0", "#ffa6b0", "#3274d9"]
-LEGENDS_MAX = 8
+LEGENDS_MAX = 6
 STYLE = """
 body { margin: 0; background: #111217; color: #ccccdc; font: 12px sans-serif }
 .panel { position: absolute; background: #181b1f; border: 1px solid #2c3235; border-radius: 2px; box-sizing: border-box; overflow: hidden }
@@ -122,7 +122,9 @@ class Page:
                 row = rows.setdefault(labels.pop("instance"), {})
                 labels.pop("__name__", None)
                 name = renames.get(f"Value #{target['refId']}")
-                row |= labels | ({name: f"{float(one['value'][1]):.4g}"} if name else {})
+                value = float(one["value"][1])
+                text = shown(value, "bytes") if name and "bytes" in name else f"{value:.4g}"
+                row |= labels | ({name: text} if name else {})
                 columns += [column for column in row if column not in columns]
         head = "".join(f"<th>{html.escape(column)}" for column in ["instance", *columns])
         body = "".join(f"<tr><td>{name}" + "".join(f"<td>{html.escape(row.get(column, ''))}" for column in columns)
@@ -130,7 +132,7 @@ class Page:
         return f"<table><tr>{head}{body}</table>"
 
     def frame(self, width, height, legend_lines):
-        left, top, right = 56, 4, width - 10
+        left, top, right = 56, 10, width - 10
         return left, top, right, height - 18 - 14 * legend_lines
 
     def x(self, at, left, right):
@@ -140,7 +142,8 @@ class Page:
         for part in range(6):
             at = self.begin + (self.end - self.begin) * part / 5
             x = self.x(at, left, right)
-            yield f'<text x="{x:.0f}" y="{bottom + 13}" text-anchor="middle">{time.strftime("%H:%M:%S", time.gmtime(at))}</text>'
+            anchor = "end" if part == 5 else "middle"
+            yield f'<text x="{x:.0f}" y="{bottom + 13}" text-anchor="{anchor}">{time.strftime("%H:%M:%S", time.gmtime(at))}</text>'
 
     def graph(self, panel, width, height):
         defaults = panel["fieldConfig"]["defaults"]
@@ -149,6 +152,8 @@ class Page:
         legend = "".join(
             f'<span><b style="background:{PALETTE[number % len(PALETTE)]}"></b>{html.escape(name)}</span>'
             for number, (name, _, _) in enumerate(series[:LEGENDS_MAX]))
+        if len(series) > LEGENDS_MAX:
+            legend += f"<span>and {len(series) - LEGENDS_MAX} more</span>"
         left, top, right, bottom = self.frame(width, height, 2)
         curves, floor = [], {}
         for _, _, points in series:
@@ -172,7 +177,7 @@ class Page:
                 lines.append(f'<polygon points="{line} {back}" fill="{color}" fill-opacity="0.35"/>')
             lines.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.3"/>')
         if not series:
-            lines.append(f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">nothing, which is good</text>')
+            lines.append(f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">no data</text>')
         lines.extend(self.times(left, right, bottom))
         return f'<svg width="{width}" height="{bottom + 18}">{"".join(lines)}</svg><div class="legend">{legend}</div>'
 
@@ -217,7 +222,7 @@ def main():
         begin = time.time()
         for part in range(5):
             time.sleep(seconds / 5)
-            # More clients all the time, and in the end one that does not say goodbye.
+            # More clients all the time.
             load.add(nodes, part)
         page = Page(prometheus, begin, time.time(), nodes)
         for name, dashboard in check.dashboards().items():
