@@ -534,9 +534,14 @@ impl Subscriber {
 
     /// Makes the subscription, and goes.
     pub(crate) async fn register(mut self, world: &World) -> Self {
-        self.open(world).await.unwrap();
-        self.disconnect(world).await.unwrap();
-        self
+        loop {
+            if self.open(world).await.is_ok() && self.disconnect(world).await.is_ok() {
+                return self;
+            }
+            // Its node has crashed.
+            self.connection = None;
+            sleep(RETRY_PAUSE).await;
+        }
     }
 
     /// Connects if it is not connected.
