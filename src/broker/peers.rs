@@ -37,8 +37,8 @@ use crate::store::mongodb::{
     GroupPlace, Leftover, LogAction, LogEntry, LogOp, OpenRequest, SharedSession,
 };
 use crate::store::{
-    Change, Chunk, Entry, InboxSummary, LogPosition, MessageId, Owner, Retained, SessionId,
-    StoreError, StoredSession, StoredSubscription,
+    Change, Chunk, InboxSummary, LogPosition, MessageId, Owner, Retained, SessionId, StoreError,
+    StoredSession, StoredSubscription,
 };
 
 /// How long a node that takes a session over waits for what the others have to say.
@@ -294,13 +294,7 @@ impl Node {
                     continue;
                 };
                 let id = ids.next();
-                let entry = Entry {
-                    id,
-                    qos: delivery.qos,
-                    retain: delivery.retain,
-                    subscription_identifiers: delivery.subscription_identifiers,
-                    message: delivery.message,
-                };
+                let entry = delivery.into_entry(id);
                 let chunk = Chunk {
                     key: id,
                     entries: vec![entry],
@@ -338,15 +332,10 @@ impl Node {
             .chain(groups)
             .filter_map(|(mailbox, delivery)| {
                 let id = ids.next();
-                let entry = Entry {
-                    id,
-                    qos: delivery.qos,
-                    retain: delivery.retain,
-                    subscription_identifiers: delivery.subscription_identifiers,
-                    message: delivery.message,
-                };
+                let entry = delivery.into_entry(id);
+                let qos = entry.qos;
                 let entries = vec![entry];
-                (delivery.qos > QoS::AtMostOnce).then(|| MissedChunk {
+                (qos > QoS::AtMostOnce).then(|| MissedChunk {
                     mailbox: mailbox.clone(),
                     chunk: Chunk { key: id, entries },
                     guard,

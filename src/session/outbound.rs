@@ -10,7 +10,7 @@ use crate::metrics::{Arrival, Dropped};
 use crate::mqtt::encode::{PublishHeader, TopicAlias, publish_length};
 use crate::mqtt::packet::Acknowledgement;
 use crate::mqtt::{Message, PacketId, QoS, ReasonCode};
-use crate::store::{Change, MessageId, OutgoingExchange, SessionId};
+use crate::store::{Change, Entry, MessageId, OutgoingExchange, SessionId};
 
 /// A message on its way to one client.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,6 +25,19 @@ pub(crate) struct Delivery {
     pub(crate) origin: Origin,
     /// None if it has waited in an inbox.
     pub(crate) arrival: Arrival,
+}
+
+impl Delivery {
+    /// As it waits in an inbox.
+    pub(crate) fn into_entry(self, id: MessageId) -> Entry {
+        Entry {
+            id,
+            qos: self.qos,
+            retain: self.retain,
+            subscription_identifiers: self.subscription_identifiers,
+            message: self.message,
+        }
+    }
 }
 
 /// Where a message waits until the client has taken it over.

@@ -23,7 +23,7 @@ use crate::cluster::Cluster;
 use crate::mqtt::QoS;
 use crate::mqtt::topic::{RetainHandling, SubscribeOptions, SubscriptionFilter};
 use crate::session::Delivery;
-use crate::store::{Entry, MessageId, StoreError};
+use crate::store::{MessageId, StoreError};
 
 /// How long a dispatcher waits for nodes to answer before it asks again.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
@@ -396,13 +396,7 @@ impl Group {
         drop(members);
         for Handing { seat, id, delivery } in handing {
             let arrival = delivery.arrival;
-            let entry = Entry {
-                id,
-                qos: delivery.qos,
-                retain: delivery.retain,
-                subscription_identifiers: delivery.subscription_identifiers,
-                message: delivery.message,
-            };
+            let entry = delivery.into_entry(id);
             node.give(self.session(), epoch, seat, entry, arrival);
         }
     }

@@ -170,11 +170,11 @@ families! {
         CLUSTER_NODES: Gauge "midge_cluster_nodes" ["state"]
             "Nodes as this one sees them, itself included.";
         CLUSTER_SESSIONS: Gauge "midge_cluster_sessions" ["state"]
-            "Sessions in the store, at most half a minute old; with MongoDB without those that end with their connection.";
+            "Sessions in the store, at most 15 s old; with MongoDB without those that end with their connection.";
         CLUSTER_OFFLINE_MESSAGES: Gauge "midge_cluster_offline_messages" []
-            "Messages that wait in the store, at most half a minute old; with MongoDB estimated, and with those in flight to connected clients.";
+            "Messages that wait in the store, at most 15 s old; with MongoDB estimated, and with those in flight to connected clients.";
         CLUSTER_RETAINED_MESSAGES: Gauge "midge_cluster_retained_messages" []
-            "Retained messages, at most half a minute old.";
+            "Retained messages, at most 15 s old.";
     }
     "Between nodes: only with a shared store" {
         BUS_CONNECTED: Gauge "midge_cluster_bus_connected" []

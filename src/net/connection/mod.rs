@@ -302,8 +302,7 @@ impl Connection {
             self.io.write_some().await.map_err(CloseReason::Io)?;
             self.count();
 
-            let may_read = self.may_read();
-            self.note_throttle();
+            let may_read = self.note_throttle();
             if (self.input_left && may_read) || self.may_walk() {
                 tokio::task::yield_now().await;
                 continue;
@@ -414,10 +413,11 @@ impl Connection {
         }
     }
 
-    fn note_throttle(&mut self) {
+    /// Counts it, and returns whether there is nothing to wait for.
+    fn note_throttle(&mut self) -> bool {
         let throttle = self.throttle();
         if throttle == self.throttled {
-            return;
+            return throttle.is_none();
         }
         let gauges = &self.context.node.totals.throttled;
         if let Some(before) = std::mem::replace(&mut self.throttled, throttle) {
@@ -426,6 +426,7 @@ impl Connection {
         if let Some(now) = throttle {
             gauges.of(now).inc();
         }
+        throttle.is_none()
     }
 
     fn may_deliver(&self) -> bool {
@@ -486,12 +487,16 @@ impl Connection {
             self.tally.packet_received(packet_type);
             let in_flight = self.session.in_flight();
             self.session.receive(packet, now)?;
-            if self.session.in_flight() < in_flight {
-                let exactly_once = packet_type != PacketType::PubAck;
-                self.tally.acknowledged(match exactly_once {
-                    true => QoS::ExactlyOnce,
-                    false => QoS::AtLeastOnce,
-                });
+            // A PUBREC with an error ends an exchange as well, and acknowledges nothing.
+            let qos = match packet_type {
+                PacketType::PubAck => Some(QoS::AtLeastOnce),
+                PacketType::PubComp => Some(QoS::ExactlyOnce),
+                _ => None,
+            };
+            if let Some(qos) = qos
+                && self.session.in_flight() < in_flight
+            {
+                self.tally.acknowledged(qos);
             }
             self.session.take_actions(&mut self.actions);
             self.perform_actions().await?;
