@@ -396,11 +396,15 @@ async fn a_group_loses_nothing_when_redis_is_killed() {
     share_while(
         cluster,
         Seed::new(),
-        async |_: &mut Cluster, world: &Arc<World>, seed: &mut Seed| {
+        async |cluster: &mut Cluster, world: &Arc<World>, seed: &mut Seed| {
             wait_for_percent(world, seed.between(5, 30)).await;
             redis.kill();
             wait_for_percent(world, seed.between(30, 50)).await;
             redis.start_again();
+            // There is nobody to cut off before.
+            for node in 0..3 {
+                cluster.node(node).wait_for_events("bus_up", 2);
+            }
             wait_for_percent(world, seed.between(50, 80)).await;
             redis.cut_off_listeners().await;
         },
