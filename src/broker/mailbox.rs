@@ -675,6 +675,20 @@ impl Mailbox {
         }
     }
 
+    /// Whether these were taken over is not known: those that are still in the inbox are read again.
+    pub(super) fn read_again(&self, ids: &[MessageId]) {
+        if ids.is_empty() {
+            return;
+        }
+        {
+            let inbox = &mut self.state.lock().inbox;
+            for id in ids {
+                inbox.forget(*id);
+            }
+        }
+        self.doubt();
+    }
+
     /// Half full: publishers do well to let the consumer catch up.
     fn is_crowded(&self, state: &State) -> bool {
         state.live.len() * 2 > self.limits.memory_messages_max
@@ -1036,6 +1050,16 @@ impl Mode {
 }
 
 impl Inbox {
+    /// This message, and what follows it in its chunk, has to be read. Returns the key of the chunk.
+    fn forget(&mut self, id: MessageId) -> Option<MessageId> {
+        let (&key, chunk) = self.chunks.range_mut(..=id).next_back()?;
+        chunk.held_before = chunk.held_before.min(id);
+        if chunk.held_before == key {
+            self.chunks.remove(&key);
+        }
+        Some(key)
+    }
+
     /// The first chunk that was read from the store, as opposed to those that memory holds from
     /// `floor` on while older ones are still to be read.
     fn first_read(&self, floor: u64) -> Option<MessageId> {
@@ -1091,12 +1115,8 @@ impl State {
                 return true;
             };
             self.live_bytes -= delivery.message.len();
-            if let Some((&key, chunk)) = self.inbox.chunks.range_mut(..=id).next_back() {
+            if let Some(key) = self.inbox.forget(id) {
                 first = first.min(key);
-                chunk.held_before = chunk.held_before.min(id);
-                if chunk.held_before == key {
-                    self.inbox.chunks.remove(&key);
-                }
             }
             false
         });

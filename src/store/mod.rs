@@ -263,7 +263,8 @@ pub(crate) enum Change {
         session: SessionId,
         key: MessageId,
         /// The session of the member of a share group whose exchange ends with it: neither may be
-        /// written without the other, nor once another node has taken that session.
+        /// written without the other, nor once another node has taken that session, unless the group
+        /// is done with the chunk as well.
         guard: Option<SessionId>,
     },
     /// An incoming QoS 2 PUBLISH was accepted: its identifier is in use until PUBREL.

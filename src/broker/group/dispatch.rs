@@ -297,8 +297,10 @@ impl Group {
             return false;
         }
         let done = members.take_seat(key, seat);
+        let doubtful = std::mem::take(&mut members.doubtful);
         members.wake_dispatcher();
         self.hand_over(members, node);
+        self.mailbox.read_again(&doubtful);
         if !done.is_empty() {
             node.flusher.add().settle(&self.mailbox, &done);
         }
@@ -313,8 +315,10 @@ impl Group {
         let done = members.end_seat(key, departure, |client_id| {
             node.shared.is_member(client_id, &self.filter)
         });
+        let doubtful = std::mem::take(&mut members.doubtful);
         members.wake_dispatcher();
         drop(members);
+        self.mailbox.read_again(&doubtful);
         additions.settle(&self.mailbox, &done);
     }
 
@@ -350,10 +354,13 @@ impl Group {
             .retain(|_, bound| &*bound.client_id != client_id);
         for id in members.held_by(client_id) {
             if members.given[&id].seat == SeatKey::default() {
-                members.give_back(id);
+                members.give_back_unless_gone(id);
             }
         }
+        let doubtful = std::mem::take(&mut members.doubtful);
         members.wake_dispatcher();
+        drop(members);
+        self.mailbox.read_again(&doubtful);
     }
 
     /// Members have taken over messages that they were given by way of a seat.
@@ -488,7 +495,7 @@ impl Members {
                     again.push(id);
                 }
             } else if given.seat == SeatKey::default() {
-                self.give_back(id);
+                self.give_back_unless_gone(id);
             }
             // What is still with an earlier seat is left there until that ends.
         }
@@ -594,7 +601,8 @@ impl Members {
                     given.seat = SeatKey::default();
                     unread.push(id);
                 }
-                _ => self.give_back(id),
+                _ if departure.begun.is_some() => self.give_back(id),
+                _ => self.give_back_unless_gone(id),
             }
         }
         if let Some(client_id) = client_id {
@@ -630,5 +638,89 @@ impl Members {
             }
         }
         is_given
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Arrival;
+    use crate::mqtt::Message;
+    use crate::mqtt::message::MessageParts;
+    use crate::session::Origin;
+    use crate::store::SessionId;
+
+    const NODE: u32 = 1;
+
+    fn seat(number: u64, since: u64) -> Seat {
+        Seat {
+            number,
+            client_id: "member".into(),
+            since,
+            window: 10,
+            maximum_qos: QoS::ExactlyOnce,
+            retain_as_published: false,
+            identifier: None,
+            begun: Vec::new(),
+            held: Vec::new(),
+            settled: Vec::new(),
+        }
+    }
+
+    fn stored(hlc: u64) -> MessageId {
+        MessageId {
+            hlc,
+            node: NODE,
+            index: 0,
+        }
+    }
+
+    #[test]
+    fn what_a_lost_seat_may_have_taken_over_is_read_again() {
+        let mut members = Members {
+            serving: Some(Serving {
+                epoch: 1,
+                others: HashSet::new(),
+                unheard: HashSet::new(),
+                has_begun: true,
+            }),
+            ..Members::default()
+        };
+        let key = |number| SeatKey { node: NODE, number };
+        members.take_seat(key(1), &seat(1, 1));
+        for (hlc, qos) in [(1, QoS::AtLeastOnce), (2, QoS::ExactlyOnce)] {
+            let id = stored(hlc);
+            let message = Message::new(MessageParts {
+                topic: "jobs",
+                qos,
+                ..MessageParts::default()
+            });
+            let delivery = Delivery {
+                message,
+                qos,
+                retain: false,
+                subscription_identifiers: None,
+                origin: Origin::Group(SessionId([0; 12]), id),
+                arrival: Arrival::NONE,
+            };
+            members.returned.insert(id, delivery);
+        }
+        members.give_returned();
+        assert_eq!(members.given.len(), 2);
+
+        members.end_seat(key(1), &Departure::UNKNOWN, |_| true);
+        assert!(
+            members.returned.contains_key(&stored(1)),
+            "once more does no harm"
+        );
+        assert!(
+            members.given.contains_key(&stored(2)),
+            "until its member is heard of"
+        );
+
+        members.take_seat(key(2), &seat(2, 2));
+        assert!(!members.given.contains_key(&stored(2)));
+        assert!(!members.returned.contains_key(&stored(2)));
+        assert_eq!(members.doubtful, [stored(2)]);
     }
 }

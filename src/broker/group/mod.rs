@@ -57,6 +57,8 @@ struct Members {
     given: HashMap<MessageId, Given>,
     /// To be given to another member, before anything else.
     returned: BTreeMap<MessageId, Delivery>,
+    /// Not known to be taken over or not, and to be read again.
+    doubtful: Vec<MessageId>,
     /// Exchanges of QoS 2 that a member began and has to finish itself, [MQTT-4.8.2-5].
     bound: HashMap<MessageId, Bound>,
     /// Received by a member that is gone, and to be settled when they are read again.
@@ -651,6 +653,18 @@ impl Members {
     fn give_back(&mut self, id: MessageId) {
         if let Some(given) = self.given.remove(&id) {
             self.returned.insert(id, given.delivery);
+        }
+    }
+
+    /// Takes back what a member may have taken over without a word that has arrived here. If it has,
+    /// it is gone from the inbox; that matters to QoS 2 alone.
+    fn give_back_unless_gone(&mut self, id: MessageId) {
+        if let Some(given) = self.given.remove(&id) {
+            if given.delivery.qos == QoS::ExactlyOnce && id.node != IN_MEMORY {
+                self.doubtful.push(id);
+            } else {
+                self.returned.insert(id, given.delivery);
+            }
         }
     }
 

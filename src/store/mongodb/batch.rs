@@ -41,9 +41,16 @@ pub(super) enum InboxChange<'a> {
         guard: Option<SessionId>,
     },
     Shorten(&'a Chunk),
-    Remove {
-        guard: Option<SessionId>,
-    },
+    Remove(Removal),
+}
+
+/// Who is done with a chunk.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Removal {
+    /// The session whose exchange ends with it, in the same transaction.
+    guard: Option<SessionId>,
+    /// It is removed even if that session is lost.
+    is_certain: bool,
 }
 
 impl<'a> Batch<'a> {
@@ -114,7 +121,7 @@ impl<'a> Batch<'a> {
                         chunk,
                         guard: *guard,
                     },
-                    Some(InboxChange::Remove { guard }) => InboxChange::Remove { guard: *guard },
+                    Some(InboxChange::Remove(removal)) => InboxChange::Remove(*removal),
                     Some(InboxChange::Shorten(_)) | None => InboxChange::Shorten(chunk),
                 };
                 self.inbox.insert(key, shortened);
@@ -124,13 +131,16 @@ impl<'a> Batch<'a> {
                 key,
                 guard,
             } => {
-                let known = match self.inbox.get(&(*session, *key)) {
-                    Some(InboxChange::Remove { guard }) => *guard,
-                    _ => None,
+                let mut removal = match self.inbox.get(&(*session, *key)) {
+                    Some(InboxChange::Remove(removal)) => *removal,
+                    _ => Removal::default(),
                 };
-                let guard = guard.or(known);
+                match guard {
+                    Some(guard) => removal.guard = Some(*guard),
+                    None => removal.is_certain = true,
+                }
                 self.inbox
-                    .insert((*session, *key), InboxChange::Remove { guard });
+                    .insert((*session, *key), InboxChange::Remove(removal));
             }
             Change::AwaitRelease { session, packet_id } => {
                 if let Some(session) = self.living(*session) {
@@ -182,10 +192,9 @@ impl<'a> Batch<'a> {
             let one_by_one = |entry: &Entry| entry.qos != QoS::ExactlyOnce;
             match change {
                 InboxChange::Put { chunk, guard: None } => chunk.entries.iter().all(one_by_one),
-                InboxChange::Put { .. } | InboxChange::Remove { guard: Some(_) } => false,
-                InboxChange::Shorten(_) | InboxChange::Remove { guard: None } => {
-                    !sessions.contains_key(session)
-                }
+                InboxChange::Put { .. } => false,
+                InboxChange::Remove(removal) if removal.guard.is_some() => false,
+                InboxChange::Shorten(_) | InboxChange::Remove(_) => !sessions.contains_key(session),
             }
         };
         self.inbox.extract_if(is_plain).collect()
@@ -203,8 +212,11 @@ impl<'a> Batch<'a> {
         self.inbox.retain(|_, change| match change {
             InboxChange::Put {
                 guard: Some(guard), ..
+            } => !lost.contains(guard),
+            InboxChange::Remove(removal) => {
+                removal.guard.take_if(|guard| lost.contains(guard));
+                removal.guard.is_some() || removal.is_certain
             }
-            | InboxChange::Remove { guard: Some(guard) } => !lost.contains(guard),
             _ => true,
         });
     }

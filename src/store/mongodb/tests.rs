@@ -800,20 +800,21 @@ async fn share_group_is_dispatched_by_one_node() {
 }
 
 #[tokio::test]
-async fn chunk_goes_with_the_exchange_that_it_ends_or_stays() {
+async fn chunk_goes_with_the_exchange_that_it_ends_or_when_its_group_is_done_with_it() {
     let fixture = MongoFixture::new().await;
     open(&fixture.store, request("one", session(1))).await;
     open(&fixture.store, request("two", session(2))).await;
-    let of_group = [chunk(1, 1), chunk(2, 1)];
+    let of_group = [1, 2, 3].map(|hlc| chunk(hlc, 1));
     let added = of_group.iter().map(|chunk| enqueue(session(3), chunk));
     written(&fixture.store, added).await;
     let other = fixture.another_node().await;
     open(&other, request("one", session(4))).await;
 
-    let ended = [(1, 1), (2, 2)].into_iter().flat_map(|(member, hlc)| {
+    let ended = [(1, 1, false), (2, 2, false), (1, 3, true)];
+    let ended = ended.into_iter().flat_map(|(member, hlc, is_settled)| {
         let end = Change::EndExchange {
             session: session(member),
-            packet_id: PacketId::new(1).unwrap(),
+            packet_id: PacketId::new(u16::try_from(hlc).unwrap()).unwrap(),
         };
         let key = chunk(hlc, 1).key;
         let remove = |guard| Change::Dequeue {
@@ -821,8 +822,10 @@ async fn chunk_goes_with_the_exchange_that_it_ends_or_stays() {
             key,
             guard,
         };
-        // Whoever dispatches the group removes it as well.
-        [end, remove(Some(session(member))), remove(None)]
+        let by_group = is_settled.then(|| remove(None));
+        [end, remove(Some(session(member)))]
+            .into_iter()
+            .chain(by_group)
     });
     assert_eq!(written(&fixture.store, ended).await.lost, [session(1)]);
     assert_eq!(read_all(&*other, session(3)).await, [chunk(1, 1)]);

@@ -210,7 +210,7 @@ impl MongoStore {
             match change {
                 InboxChange::Put { chunk, .. } => put.push((*session, *chunk)),
                 InboxChange::Shorten(chunk) => shortened.push(shorten(*session, chunk)),
-                InboxChange::Remove { .. } => removed.push(delete(inbox_query(*session, *key))),
+                InboxChange::Remove(_) => removed.push(delete(inbox_query(*session, *key))),
             }
         }
         // What is lost with the primary would only be delivered again, marked as a duplicate. But
@@ -697,7 +697,7 @@ impl MongoStore {
                 .iter()
                 .filter_map(|((id, _), change)| match change {
                     InboxChange::Put { chunk, .. } => Some((*id, *chunk)),
-                    InboxChange::Shorten(_) | InboxChange::Remove { .. } => None,
+                    InboxChange::Shorten(_) | InboxChange::Remove(_) => None,
                 })
         };
         if may_be_there {
@@ -715,14 +715,14 @@ impl MongoStore {
             .iter()
             .filter_map(|((id, _), change)| match change {
                 InboxChange::Shorten(chunk) => Some(shorten(*id, chunk)),
-                InboxChange::Put { .. } | InboxChange::Remove { .. } => None,
+                InboxChange::Put { .. } | InboxChange::Remove(_) => None,
             });
         self.send(session, Verb::Update, INBOX, shortened).await?;
         let removed = batch
             .inbox
             .iter()
             .filter_map(|((id, key), change)| match change {
-                InboxChange::Remove { .. } => Some(delete(inbox_query(*id, *key))),
+                InboxChange::Remove(_) => Some(delete(inbox_query(*id, *key))),
                 InboxChange::Put { .. } | InboxChange::Shorten(_) => None,
             });
         self.send(session, Verb::Delete, INBOX, removed).await?;
