@@ -150,12 +150,8 @@ impl Held {
         }
     }
 
-    /// What is left to be written. Of `later`, the places of chunks that are handed on once they are
-    /// written, those are left that nobody has yet.
-    pub(super) fn end(
-        mut self,
-        later: &mut Vec<(Arc<Mailbox>, usize)>,
-    ) -> (Vec<Change>, Decisions) {
+    /// What is left to be written.
+    pub(super) fn end(mut self) -> (Vec<Change>, Decisions) {
         let now_ms = unix_ms();
         for (place, candidate) in &self.candidates {
             let Change::Enqueue { session, chunk, .. } = &self.changes[*place] else {
@@ -170,11 +166,6 @@ impl Held {
                 written.push((*session, chunk.key));
             }
         }
-        later.retain(|(mailbox, place)| {
-            let candidate = self.candidates.get(place);
-            let offered_to = candidate.and_then(|candidate| candidate.offered_to);
-            offered_to.is_none() || offered_to != mailbox.holder()
-        });
         (self.changes, self.decisions)
     }
 }
@@ -502,5 +493,71 @@ mod tests {
         running.node.flusher.durable(receipt).await.unwrap();
         assert!(published.elapsed() < WINDOW);
         assert_eq!(running.stored(&away).await, 1);
+    }
+
+    fn chunk(id: MessageId) -> Chunk {
+        let message = Message::new(MessageParts {
+            topic: "t",
+            qos: QoS::AtLeastOnce,
+            ..MessageParts::default()
+        });
+        let entry = Entry {
+            id,
+            qos: QoS::AtLeastOnce,
+            retain: false,
+            subscription_identifiers: None,
+            message,
+        };
+        Chunk {
+            key: id,
+            entries: vec![entry],
+        }
+    }
+
+    /// Who offers a chunk does not know in time whether it is taken, and hands it on if in doubt.
+    #[tokio::test(start_paused = true)]
+    async fn what_was_offered_and_is_handed_on_comes_once() {
+        let running = Running::start();
+        let mut one = running.client(1).await;
+        let offered = chunk(running.node.flusher.add().next_id());
+
+        assert!(one.mailbox.push_offered(&offered, Arrival::NONE));
+        one.mailbox.push_committed(&offered, Arrival::NONE);
+        assert_eq!(one.receive().await, offered.key);
+        let settled = running
+            .node
+            .flusher
+            .add()
+            .settle(&one.mailbox, &[offered.key]);
+        assert_eq!(settled.len(), 1, "the other node has to be told");
+        one.mailbox.push_committed(&offered, Arrival::NONE);
+        assert!(one.mailbox.decide(offered.key, true), "to be removed");
+
+        let next = chunk(running.node.flusher.add().next_id());
+        one.mailbox.push_committed(&next, Arrival::NONE);
+        assert_eq!(one.receive().await, next.key);
+    }
+
+    /// Its node was not waited for when the inbox was read.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_handed_on_late_comes_only_if_it_is_still_in_the_inbox() {
+        let running = Running::start();
+        let (gone, waiting) = {
+            let mut additions = running.node.flusher.add();
+            (chunk(additions.next_id()), chunk(additions.next_id()))
+        };
+        let mut one = running.client(1).await;
+        let session = one.mailbox.session;
+        let written = running.node.flusher.persist(Change::Enqueue {
+            session,
+            chunk: waiting.clone(),
+            guard: None,
+        });
+        running.node.flusher.durable(written).await.unwrap();
+
+        one.mailbox.push_committed(&gone, Arrival::NONE);
+        one.mailbox.push_committed(&waiting, Arrival::NONE);
+        assert_eq!(one.receive().await, waiting.key);
+        assert!(!one.mailbox.push_offered(&gone, Arrival::NONE));
     }
 }

@@ -485,12 +485,13 @@ impl Flusher {
         let Sealed {
             unstored,
             messages,
-            mut later,
+            later,
             missed_ids,
             ..
         } = sealed;
         let held = self.gathering.lock().held.take();
-        let (mut changes, decisions) = held.map(|held| held.end(&mut later)).unwrap_or_default();
+        let (mut changes, decisions) = held.map(Held::end).unwrap_or_default();
+        // Also what was offered and not acknowledged in time: whether it was declined too late is not known.
         let later = later.into_iter().filter_map(|(mailbox, place)| {
             let Change::Enqueue { chunk, .. } = &changes[place] else {
                 return None;

@@ -104,8 +104,8 @@ struct State {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
-    /// Memory holds all that waits.
-    Live,
+    /// Memory holds all that waits; what has a clock value below `since` was read, if it was there.
+    Live { since: u64 },
     /// The consumer reads the inbox from the key `from` on, up to the clock value `live_from` from
     /// which on memory holds what waits.
     Paged {
@@ -228,7 +228,7 @@ impl Mailbox {
             limits,
             dropped,
             state: Mutex::new(State {
-                mode: if durable { Mode::AWAY } else { Mode::Live },
+                mode: if durable { Mode::AWAY } else { Mode::LIVE },
                 live: VecDeque::new(),
                 live_bytes: 0,
                 attached: false,
@@ -383,7 +383,7 @@ impl Mailbox {
             bytes,
             memory_messages,
             memory_bytes,
-            is_behind: state.attached && (state.mode != Mode::Live || self.is_crowded(&state)),
+            is_behind: state.attached && (!state.mode.is_live() || self.is_crowded(&state)),
         }
     }
 
@@ -565,7 +565,7 @@ impl Mailbox {
         }
         state.live_bytes += bytes;
         state.live.push_back(delivery);
-        let is_next = state.mode == Mode::Live;
+        let is_next = state.mode.is_live();
         if let Some(consumer) = state.consumer_for_message() {
             drop(state);
             consumer.wake();
@@ -578,7 +578,8 @@ impl Mailbox {
     /// the other node's alone.
     pub(super) fn push_offered(&self, chunk: &Chunk, arrival: Arrival) -> bool {
         let mut state = self.state.lock();
-        let is_next = state.attached && state.mode == Mode::Live && self.fits(&state);
+        let is_late = state.mode.has_read(chunk.key);
+        let is_next = state.attached && state.mode.is_live() && !is_late && self.fits(&state);
         if !is_next || state.inbox.chunks.contains_key(&chunk.key) {
             return false;
         }
@@ -606,17 +607,20 @@ impl Mailbox {
     pub(super) fn push_committed(&self, chunk: &Chunk, arrival: Arrival) {
         let mut state = self.state.lock();
         let key = chunk.key;
-        if !state.attached || state.inbox.finished.contains(&key) {
+        let is_offered = state.inbox.undecided.contains_key(&key);
+        if !state.attached || is_offered || state.inbox.finished.contains(&key) {
             return;
         }
-        let held_from = state.mode.held_from();
-        if let Mode::Paged { from, .. } = &mut state.mode
-            && key.hlc < held_from
-        {
-            // It is read when its turn comes. If that is over, its node was not heard of in time.
-            if key < *from {
-                *from = key;
-                state.restart = true;
+        if state.mode.has_read(key) || key.hlc < state.mode.held_from() {
+            // It is read when its turn comes. If that is over, its node was not heard of in time, and
+            // it may have been read already, and be done with.
+            match &mut state.mode {
+                Mode::Paged { from, .. } if key < *from => {
+                    *from = key;
+                    state.restart = true;
+                }
+                Mode::Paged { .. } => {}
+                Mode::Live { .. } => state.spill(self.session, key, self.shared),
             }
             let consumer = state.consumer_for_message();
             drop(state);
@@ -841,7 +845,9 @@ impl Mailbox {
                 from: state.inbox.head,
                 live_from: tick,
             },
-            _ => Mode::Live,
+            _ => Mode::Live {
+                since: tick.unwrap_or(0),
+            },
         };
         state.restart = false;
         state.inbox.finished.clear();
@@ -896,7 +902,7 @@ impl Mailbox {
     pub(crate) fn take(&self, into: &mut VecDeque<Delivery>, room: usize) -> Taken {
         let mut state = self.state.lock();
         match state.mode {
-            Mode::Live => {
+            Mode::Live { .. } => {
                 state.move_out(into, room);
                 Taken::Live
             }
@@ -934,7 +940,7 @@ impl Mailbox {
             && live_from == before
             && !state.restart
         {
-            state.mode = Mode::Live;
+            state.mode = Mode::Live { since: before };
             state.inbox.finished.clear();
         }
     }
@@ -943,7 +949,7 @@ impl Mailbox {
     pub(crate) fn wait(&self, waker: &Waker, wants_messages: bool) -> bool {
         let mut state = self.state.lock();
         if state.order.is_some()
-            || (wants_messages && (!state.live.is_empty() || state.mode != Mode::Live))
+            || (wants_messages && (!state.live.is_empty() || !state.mode.is_live()))
         {
             return false;
         }
@@ -1034,16 +1040,28 @@ impl Patience {
 }
 
 impl Mode {
+    /// Of a mailbox without an inbox.
+    const LIVE: Self = Self::Live { since: 0 };
+
     /// Of a mailbox that nobody takes messages out of.
     const AWAY: Self = Self::Paged {
         from: MessageId::MIN,
         live_from: None,
     };
 
+    /// Whether this would have been read before, had it been there.
+    fn has_read(self, key: MessageId) -> bool {
+        matches!(self, Self::Live { since } if key.hlc < since)
+    }
+
+    fn is_live(self) -> bool {
+        matches!(self, Self::Live { .. })
+    }
+
     /// The clock value from which on memory holds all that waits.
     fn held_from(self) -> u64 {
         match self {
-            Self::Live => 0,
+            Self::Live { .. } => 0,
             Self::Paged { live_from, .. } => live_from.unwrap_or(u64::MAX),
         }
     }
@@ -1121,7 +1139,7 @@ impl State {
             false
         });
         let from = match self.mode {
-            Mode::Live => first,
+            Mode::Live { .. } => first,
             Mode::Paged { from, .. } => from.min(first),
         };
         self.mode = Mode::Paged {
