@@ -32,6 +32,8 @@ pub(crate) struct Reload {
     /// Those who wait for what comes of it.
     waiting: Mutex<Vec<oneshot::Sender<Outcome>>>,
     last: Mutex<Option<Last>>,
+    /// Of the settings in effect; absent in a program that made its configuration itself.
+    fingerprint: Mutex<Option<String>>,
     /// Files are not read any more.
     over: CancellationToken,
 }
@@ -64,6 +66,11 @@ impl Reload {
     /// The last time, if there was one.
     pub(crate) fn last(&self) -> Option<Last> {
         *self.last.lock()
+    }
+
+    /// Tells the settings in effect from others.
+    pub(crate) fn fingerprint(&self) -> Option<String> {
+        self.fingerprint.lock().clone()
     }
 
     /// Tells `waiting`, who have asked before the files were read.
@@ -153,6 +160,10 @@ impl Reloader {
             sources: loaded.sources().clone(),
             values: loaded.values(),
         });
+        let fingerprint = settings
+            .as_ref()
+            .map(|known| Loaded::fingerprint(&known.values));
+        *state.fingerprint.lock() = fingerprint;
         Self {
             state,
             config,
@@ -298,6 +309,7 @@ impl Reloader {
         };
         let new = loaded.values();
         let mut need_restart = settings.adopt(&new);
+        *self.state.fingerprint.lock() = Some(Loaded::fingerprint(&settings.values));
         need_restart.extend(auth_kept.then(|| "auth".to_owned()));
         Ok(need_restart)
     }

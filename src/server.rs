@@ -32,7 +32,7 @@ use crate::drain::DrainPlan;
 use crate::http;
 use crate::http::tokens::{Tokens, TokensError};
 use crate::lifecycle::{Lifecycle, Phase, Steering, Wish};
-use crate::metrics::{ListenerTotals, Totals};
+use crate::metrics::{ListenerTotals, StoreTotals, Totals};
 use crate::mqtt::ReasonCode;
 use crate::net::arrivals::Arrivals;
 use crate::net::connection::{ConnectionContext, serve};
@@ -174,7 +174,7 @@ impl BrokerBuilder {
         let joining = match opened {
             OpenedStore::Shared(store) => {
                 let bus = open_bus(&config, &store).await?;
-                Some(Joining::new(store, bus, &flusher).await?)
+                Some(Joining::new(store, bus, &flusher, totals.store.clone()).await?)
             }
             OpenedStore::Own(_) => None,
         };
@@ -668,11 +668,12 @@ impl Joining {
         store: Arc<MongoStore>,
         bus: Arc<dyn Bus>,
         flusher: &Arc<Flusher>,
+        totals: Arc<StoreTotals>,
     ) -> Result<Self, StartError> {
         // Before anything is loaded: what changes meanwhile is told.
         let frames = bus.subscribe().await?;
         let links = Links::new(store.node(), bus, flusher.clone());
-        let (cluster, announced) = Cluster::new(store, links);
+        let (cluster, announced) = Cluster::new(store, links, totals);
         Ok(Self {
             cluster: Arc::new(cluster),
             announced,

@@ -194,6 +194,11 @@ LATENCY = [
               (quantile("midge_delivery_duration_seconds", 0.99, "path"), "{{path}}"), steps=[(0.25, "red")]),
         graph("Connecting, percentiles", "After a restart of many clients, passwords are the longest part.", "s",
               *percentiles("midge_connect_duration_seconds")),
+        graph("Subscribers, percentiles", "From writing a PUBLISH to its PUBACK or PUBCOMP: the network and the client.", "s",
+              *percentiles("midge_subscriber_ack_duration_seconds")),
+        graph("Taking sessions over", "99th percentile of what a client waits for whoever had its session; remote: "
+              "another node.", "s",
+              (quantile("midge_session_takeover_duration_seconds", 0.99, "origin"), "{{origin}}")),
     ]),
     ("Store", [
         graph("Store operations, 99th percentile", "As the node sees them, waiting in the node included.", "s",
@@ -204,6 +209,8 @@ LATENCY = [
                "{{operation}} {{result}}")),
         graph("Pending operations", "Sent to the store and not answered. A queue that grows is a store that is too slow.",
               "short", ("sum by (instance) (midge_store_pending_operations@)", "{{instance}}")),
+        graph("Asked again", "Store operations that were repeated because the store was not available, each second.", "ops",
+              (rate("midge_store_retries_total", "operation"), "{{operation}}")),
         graph("Store usable", "1 or 0, for each node. Alert: MidgeStoreDown.", "bool",
               ("min by (instance) (midge_store_up@)", "{{instance}}"), min=0, max=1),
     ]),
@@ -220,6 +227,8 @@ LATENCY = [
                "refused, {{reason}}")),
         graph("Bus connected", "1 or 0, for each node. Alert: MidgeBusDisconnected.", "bool",
               ("min by (instance) (midge_cluster_bus_connected@)", "{{instance}}"), min=0, max=1),
+        graph("Connected to the bus anew", "How often, for each node.", "short",
+              ("sum by (instance) (increase(midge_cluster_bus_reconnects_total@[$__rate_interval]))", "{{instance}}")),
         graph("Members, as each node sees them", "All lines should be one. Alert: MidgeClusterViewsDisagree.", "short",
               ('max by (instance) (midge_cluster_nodes@{state="ready"})', "{{instance}}")),
     ]),
@@ -267,8 +276,9 @@ CAPACITY = [
               (f"({rate('process_cpu_seconds_total', 'instance')}) / "
                f"({rate('midge_messages_received_total', 'instance')} + "
                f"{rate('midge_messages_delivered_total', 'instance')} > 0)", "{{instance}}")),
-        graph("Fan-out", "Messages out by messages in.", "none",
-              (f"{rate('midge_messages_delivered_total')} / ({rate('midge_messages_received_total')} > 0)", "fan-out")),
+        graph("Fan-out", "Sessions and share groups that a message is for: the mean, and the largest 1 %.", "none",
+              (f"{rate('midge_message_fanout_sum')} / ({rate('midge_message_fanout_count')} > 0)", "mean"),
+              (quantile("midge_message_fanout", 0.99), "99 %")),
     ]),
     ("How it spreads", [
         graph("Connections by node", "Alert at twice as many: MidgeUnbalanced.", "short", (CONNECTIONS, "{{instance}}")),
@@ -292,6 +302,8 @@ CAPACITY = [
                "{{listener}}")),
         graph("Versions", "Nodes by version. More than one for an hour: MidgeMixedVersions.", "short",
               ("count by (version) (midge_build_info@)", "{{version}}"), stack=True),
+        graph("Settings", "Nodes by a hash of their settings. More than one: they are configured differently.", "short",
+              ("count by (sha256) (midge_config_info@)", "{{sha256}}"), stack=True),
         graph("Configuration read", "1: the last reload was good; 0: the node keeps the old one. "
               "Alert: MidgeConfigReloadFailed.", "bool",
               ("min by (instance) (midge_config_last_reload_successful@)", "{{instance}}"), min=0, max=1),

@@ -77,6 +77,8 @@ pub(crate) struct Claim {
     pub(crate) resumed: Option<Box<Detached>>,
     /// An older session of the client that has to be ended.
     pub(crate) ended: Option<Box<Detached>>,
+    /// Whether another connection had it, and was told to end.
+    pub(crate) was_taken_over: bool,
 }
 
 enum Attempt {
@@ -136,6 +138,7 @@ impl Clients {
             return Attempt::Refused;
         }
         let mut successor = None;
+        let was_taken_over = handed_over.is_some();
         let found = match (handed_over, shard.remove(client_id)) {
             (None, None) => None,
             (None, Some(Slot::Detached(detached))) => Some(detached),
@@ -191,6 +194,7 @@ impl Clients {
             mailbox,
             resumed,
             ended,
+            was_taken_over,
         })
     }
 

@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use super::flush::{Flusher, Receipt};
 use super::mailbox::{Mailbox, Taken};
 use crate::cluster::{Cluster, Marks};
+use crate::metrics::Operation;
 use crate::session::Delivery;
 use crate::store::{Chunk, InboxRange, MessageId, Store, StoreError};
 
@@ -202,7 +203,10 @@ impl Consumer {
         self.reading = Some(Box::pin(async move {
             loop {
                 match store.read_inbox(range).await {
-                    Err(error) if error.may_pass() => tokio::time::sleep(READ_AGAIN_AFTER).await,
+                    Err(error) if error.may_pass() => {
+                        tokio::time::sleep(READ_AGAIN_AFTER).await;
+                        store.note_retry(Operation::ReadInbox);
+                    }
                     page => return page,
                 }
             }

@@ -23,6 +23,7 @@ use super::trim::Overfull;
 use crate::bus::wire::{Header, Item, Stamp};
 use crate::cluster::link::Clock;
 use crate::failpoint;
+use crate::metrics::Operation;
 use crate::mqtt::{Message, QoS};
 use crate::session::Delivery;
 use crate::store::{Change, Chunk, Entry, LogPosition, MessageId, SessionId, Store, StoreError};
@@ -434,6 +435,7 @@ impl Flusher {
                         self.fail(&error);
                     }
                     tokio::time::sleep(pause).await;
+                    self.store.note_retry(Operation::Write);
                     pause = (pause * 2).min(RETRY_PAUSE_MAX);
                 }
                 result => {

@@ -501,6 +501,6 @@ impl Node {
         let published = self.publish(message, publisher, &mut LastTopic::default(), None);
         self.note_published(message, Source::Api, &published);
         self.flusher.durable(published.receipt).await?;
-        Ok(published.matched)
+        Ok(published.recipients > 0)
     }
 }

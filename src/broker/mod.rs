@@ -115,7 +115,9 @@ pub(crate) struct LastTopic {
 pub(crate) struct Published {
     /// To be acknowledged once this is durable.
     pub(crate) receipt: Receipt,
-    pub(crate) matched: bool,
+    /// Sessions and share groups that it is for. All sessions at another node that end with their
+    /// connections count as one.
+    pub(crate) recipients: usize,
     /// A client that takes messages more slowly than this publisher sends them, but does take
     /// them: the publisher does well to wait a moment.
     pub(crate) crowded: Option<Arc<Mailbox>>,
@@ -168,7 +170,6 @@ impl Node {
         let mut matches = self.matches(message.topic(), last_topic);
         let qos = message.qos();
         let mut crowded = None;
-        let mut matched = !matches.groups.is_empty() || !matches.nodes.is_empty();
         let is_clustered = self.cluster.is_some();
         let stores = with.is_some()
             || message.retain()
@@ -204,6 +205,7 @@ impl Node {
                 }
             }
         }
+        let mut recipients = matches.groups.len() + matches.nodes.len();
         for found in &matches.sessions {
             let own = publisher
                 .mailbox
@@ -217,7 +219,7 @@ impl Node {
             } else {
                 &found.terms
             };
-            matched = true;
+            recipients += 1;
             let delivery = terms.delivery(message, publisher.arrival);
             match &mut additions {
                 Some(additions) if delivery.qos > QoS::AtMostOnce && found.mailbox.is_durable() => {
@@ -265,7 +267,7 @@ impl Node {
         }
         Published {
             receipt: additions.map_or(Receipt::NOTHING, |additions| additions.receipt()),
-            matched,
+            recipients,
             crowded: crowded.cloned(),
         }
     }
@@ -274,7 +276,8 @@ impl Node {
     pub(crate) fn note_published(&self, message: &Message, source: Source, published: &Published) {
         let totals = &self.totals;
         totals.messages_received.of(message.qos()).of(source).inc();
-        if !published.matched {
+        totals.fanout.add_many(published.recipients as u64, 1);
+        if published.recipients == 0 {
             totals.messages_unrouted.of(message.qos()).inc();
         }
     }

@@ -27,7 +27,7 @@ use super::shared::{self, Learned, Noted, Place};
 use crate::bus::wire::Item;
 use crate::cluster::{Announced, Cluster};
 use crate::failpoint;
-use crate::metrics::{Arrival, Operation};
+use crate::metrics::{Arrival, Operation, Where};
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, PacketId, QoS, SubscriptionFilter};
 use crate::session::connect::Terms;
@@ -381,7 +381,10 @@ impl Node {
             loop {
                 let reading = cluster.store.read_retained(range.clone());
                 match measured.measure(Operation::ReadRetained, reading).await {
-                    Err(error) if error.may_pass() => tokio::time::sleep(READ_AGAIN_AFTER).await,
+                    Err(error) if error.may_pass() => {
+                        tokio::time::sleep(READ_AGAIN_AFTER).await;
+                        measured.retries.of(Operation::ReadRetained).inc();
+                    }
                     read => return read,
                 }
             }
@@ -474,6 +477,7 @@ impl Node {
             mailbox: claimed,
             resumed,
             ended,
+            was_taken_over: _,
         } = claim;
         let here = resumed.or(ended);
         let place = self.shared.place_of(client_id);
@@ -577,10 +581,17 @@ impl Node {
             .filter(|last| cluster.members.is_alive(*last))
             .map(|last| self.expect_session(client_id, epoch, last));
         let told = self.announce(cluster, &mailbox, epoch);
+        let asked = Instant::now();
         let let_go = match let_go {
             Some(let_go) => let_go.await,
             None => None,
         };
+        if let_go.is_some() {
+            self.totals
+                .takeover
+                .of(Where::Remote)
+                .observe(asked.elapsed());
+        }
         self.peers.expected.lock().remove(client_id);
         let is_abandoned = last_node.is_some() && let_go.is_none();
         if let (Some(last), None) = (last_node, &let_go) {

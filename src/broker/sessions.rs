@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::Node;
 use super::clients::{Detached, SessionSubscriptions, Superseded};
@@ -170,8 +171,15 @@ impl Node {
             !terms.clean_start && !expired && detached.mailbox.is_durable()
         };
         let create = || self.new_mailbox(terms.client_id.clone(), durable);
+        let asked = Instant::now();
         let claim = self.clients.claim(&terms.client_id, resumes, create);
         let claim = claim.await?;
+        if claim.was_taken_over {
+            self.totals
+                .takeover
+                .of(Where::Local)
+                .observe(asked.elapsed());
+        }
         self.forget_discarded_will(&terms.client_id);
         let Taken {
             mailbox,

@@ -172,6 +172,10 @@ impl Bus for FallbackBus {
     fn is_connected(&self) -> bool {
         self.fast.is_connected()
     }
+
+    fn reconnects(&self) -> u64 {
+        self.fast.reconnects() + self.sure.reconnects()
+    }
 }
 
 /// What a node says about itself on the sure bus, among the frames.

@@ -58,6 +58,11 @@ pub(crate) trait Bus: fmt::Debug + Send + Sync {
     fn is_connected(&self) -> bool {
         true
     }
+
+    /// How often a connection that was lost has been made anew.
+    fn reconnects(&self) -> u64 {
+        0
+    }
 }
 
 /// No frame is empty.

@@ -5,6 +5,7 @@
 //! A reader finds its place again by time: an ObjectId begins with the second at which its sender
 //! made it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -25,6 +26,7 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use super::{Bus, BusError, Destination};
+use crate::metrics::Counter;
 
 const COLLECTION: &str = "bus";
 
@@ -58,6 +60,7 @@ const NAMESPACE_EXISTS: i32 = 48;
 pub(crate) struct MongoBus {
     node: i64,
     collection: Collection<RawDocumentBuf>,
+    reconnects: Arc<Counter>,
 }
 
 impl MongoBus {
@@ -90,6 +93,7 @@ impl MongoBus {
         Ok(Self {
             node: node.into(),
             collection: database.collection_with_options(COLLECTION, options),
+            reconnects: Arc::default(),
         })
     }
 
@@ -162,6 +166,10 @@ impl Bus for MongoBus {
         tokio::spawn(tail.run(cursor));
         Ok(frames)
     }
+
+    fn reconnects(&self) -> u64 {
+        self.reconnects.get()
+    }
 }
 
 /// Follows the end of the collection.
@@ -184,6 +192,7 @@ impl Tail {
                     let reason = self.follow(&mut cursor).await;
                     tracing::warn!(event = "bus_cursor_lost", %reason, "reading it anew");
                     cursor = self.reopen().await;
+                    self.bus.reconnects.inc();
                 }
             } => {}
         }
@@ -343,6 +352,7 @@ mod tests {
         mongod.restart();
         while bus.send(to(Destination::Node(1), 7..8)).await.is_err() {}
         assert_eq!(take(&mut frames, 1).await, numbered(7..8));
+        assert_eq!(bus.reconnects(), 1);
     }
 
     #[tokio::test]

@@ -24,6 +24,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use super::{Bus, BusError, Destination, INTERRUPTION};
+use crate::metrics::Counter;
 
 /// How often the echo is called for.
 const ECHO_INTERVAL: Duration = Duration::from_millis(250);
@@ -248,6 +249,8 @@ pub(crate) struct RedisBus {
     channels: Channels,
     /// There while the server is healthy; the keeper alone changes it.
     publisher: Arc<watch::Sender<Option<Publisher>>>,
+    /// Times that the server has begun to work for this node.
+    connects: Arc<Counter>,
 }
 
 /// The connection that publishes.
@@ -278,6 +281,7 @@ impl RedisBus {
                 node,
             },
             publisher: Arc::new(watch::Sender::new(None)),
+            connects: Arc::default(),
         }
     }
 
@@ -375,6 +379,10 @@ impl Bus for RedisBus {
     fn is_connected(&self) -> bool {
         self.publisher.borrow().is_some()
     }
+
+    fn reconnects(&self) -> u64 {
+        self.connects.get().saturating_sub(1)
+    }
 }
 
 /// Makes the connections, watches them, and makes them anew.
@@ -451,6 +459,7 @@ impl Keeper {
                     connection: connection.clone(),
                     failed: failed.clone(),
                 };
+                bus.connects.inc();
                 bus.publisher.send_replace(Some(publisher));
                 tracing::info!(event = "bus_up", redis = ?bus.location);
             }
@@ -578,11 +587,13 @@ mod tests {
         let bus = server.bus(1);
         let mut frames = bus.subscribe().await.unwrap();
 
+        assert_eq!(bus.reconnects(), 0);
         server.kill();
         assert_eq!(frames.recv().await.unwrap(), INTERRUPTION);
         bus.send(to(Destination::All, 0..1)).await.unwrap_err();
         server.start_again();
         bus.health().wait_until_up().await;
+        assert_eq!(bus.reconnects(), 1);
         bus.send(to(Destination::All, 1..2)).await.unwrap();
         assert_eq!(take(&mut frames, 1).await, [frame(1)]);
     }

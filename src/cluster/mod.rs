@@ -21,7 +21,7 @@ use crate::broker::inspect::StoreHealth;
 use crate::bus::Destination;
 use crate::bus::wire::{Header, Item};
 use crate::failpoint;
-use crate::metrics::Operation;
+use crate::metrics::{Operation, StoreTotals};
 use crate::store::mongodb::{MongoStore, NodeState, OpenRequest, OpenedSession};
 use crate::store::{LogPosition, StoreError};
 use link::Links;
@@ -79,10 +79,14 @@ pub(crate) enum Announced {
 
 impl Cluster {
     /// What the receiver yields is to be given to [`Cluster::run`].
-    pub(crate) fn new(store: Arc<MongoStore>, links: Links) -> (Self, mpsc::Receiver<Announced>) {
+    pub(crate) fn new(
+        store: Arc<MongoStore>,
+        links: Links,
+        totals: Arc<StoreTotals>,
+    ) -> (Self, mpsc::Receiver<Announced>) {
         let (announced, receiver) = mpsc::channel(ANNOUNCED_MAX);
         let cluster = Self {
-            opener: Opener::start(store.clone()),
+            opener: Opener::start(store.clone(), totals),
             store,
             links,
             members: Members::default(),

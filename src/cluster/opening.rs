@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use crate::metrics::{Operation, StoreTotals};
 use crate::store::StoreError;
 use crate::store::mongodb::{MongoStore, OpenRequest, OpenedSession};
 
@@ -32,6 +33,7 @@ type Waiting = (
 /// not know that its session was taken from wherever it was.
 async fn open_group(
     store: &MongoStore,
+    totals: &StoreTotals,
     requests: Vec<OpenRequest>,
 ) -> Result<Vec<Option<OpenedSession>>, StoreError> {
     let deadline = Instant::now() + store.timeout();
@@ -39,6 +41,7 @@ async fn open_group(
         match store.open(requests.clone()).await {
             Err(error) if error.may_pass() && Instant::now() < deadline => {
                 tokio::time::sleep(AGAIN_AFTER).await;
+                totals.retries.of(Operation::OpenSession).inc();
             }
             outcome => return outcome,
         }
@@ -47,13 +50,13 @@ async fn open_group(
 
 impl Opener {
     /// Begins to work; ends when all copies of the opener are gone.
-    pub(super) fn start(store: Arc<MongoStore>) -> Self {
+    pub(super) fn start(store: Arc<MongoStore>, totals: Arc<StoreTotals>) -> Self {
         let (sender, mut receiver) = mpsc::channel::<Waiting>(WAITING_MAX);
         tokio::spawn(async move {
             let mut group = Vec::new();
             while receiver.recv_many(&mut group, GROUP_MAX).await > 0 {
                 let (requests, waiting): (Vec<_>, Vec<_>) = group.drain(..).unzip();
-                match open_group(&store, requests).await {
+                match open_group(&store, &totals, requests).await {
                     Ok(opened) => {
                         for (opened, waiting) in opened.into_iter().zip(waiting) {
                             // A client that is gone leaves its session taken, as if it had

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_lc_rs::digest;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -31,6 +32,9 @@ pub struct Sources {
     /// `--set` arguments: dotted keys and values.
     pub set: Vec<(String, String)>,
 }
+
+/// Enough to tell the settings of nodes apart; nobody tries to make two alike.
+const FINGERPRINT_BYTES: usize = 4;
 
 /// The variable that names the file.
 const FILE_VARIABLE: &str = "MIDGE_CONFIG";
@@ -95,6 +99,23 @@ impl Loaded {
     /// default says where it comes from.
     pub fn to_toml(&self) -> String {
         self.draft.to_toml()
+    }
+
+    /// A few digits that nodes with the same settings have in common: of a hash of all that is in effect
+    /// but passwords, the name of the node, and its addresses.
+    pub(crate) fn fingerprint(values: &BTreeMap<String, String>) -> String {
+        let is_own = |key: &str| {
+            key == "node.name"
+                || key == "http.bind"
+                || (key.starts_with("listeners.") && key.ends_with(".bind"))
+        };
+        let mut hash = digest::Context::new(&digest::SHA256);
+        for (key, value) in values.iter().filter(|(key, _)| !is_own(key)) {
+            hash.update(format!("{key} = {value}\n").as_bytes());
+        }
+        let hash = hash.finish();
+        let digits = hash.as_ref().iter().take(FINGERPRINT_BYTES);
+        digits.map(|byte| format!("{byte:02x}")).collect()
     }
 
     pub(crate) fn sources(&self) -> &Sources {

@@ -1,4 +1,5 @@
-//! When a message came to this node, for as long as it is on its way to a subscriber.
+//! When a message came to this node, for as long as it is on its way to a subscriber, and when it was sent
+//! to one that has not acknowledged it.
 
 use std::num::NonZeroU64;
 use std::sync::OnceLock;

@@ -63,6 +63,7 @@ pub(crate) enum Count {}
 
 impl Scale for Count {
     const BOUNDS: &'static [(u64, &'static str)] = &[
+        (0, "0.0"),
         (1, "1.0"),
         (2, "2.0"),
         (5, "5.0"),

@@ -95,12 +95,17 @@ pub(crate) struct Totals {
     pub(crate) dropped: Arc<By<Dropped, Counter>>,
     /// Of payloads that clients have published.
     pub(crate) message_size: Histogram<Bytes>,
+    /// Who one message was for.
+    pub(crate) fanout: Histogram<Count>,
     pub(crate) publish_ack: By<QoS, Histogram>,
     pub(crate) delivery: By<Where, Histogram>,
+    pub(crate) subscriber_ack: By<QoS, Histogram>,
 
     pub(crate) sessions_created: Counter,
     pub(crate) sessions_resumed: By<Where, Counter>,
     pub(crate) sessions_taken_over: By<Where, Counter>,
+    /// From asking whoever had the session to having it.
+    pub(crate) takeover: By<Where, Histogram>,
     pub(crate) sessions_expired: Counter,
     pub(crate) subscriptions: By<FilterKind, Gauge>,
 
@@ -113,6 +118,8 @@ pub(crate) struct Totals {
 pub(crate) struct StoreTotals {
     pub(crate) operations: By<Operation, By<Outcome, Counter>>,
     pub(crate) durations: By<Operation, Histogram>,
+    /// Asked again, because the store was not available before.
+    pub(crate) retries: By<Operation, Counter>,
     /// Changes that were written together.
     pub(crate) batches: Histogram<Count>,
     /// Asked and not yet answered.
@@ -243,8 +250,10 @@ pub(crate) struct Tally {
     /// Publications that were answered in the turn in which they came, by QoS.
     answered_at_once: [u32; 3],
     answers: [Run; 3],
+    acknowledgements: [Run; 3],
     deliveries: [Run; 2],
     sizes: Run,
+    fanouts: Run,
 }
 
 impl Tally {
@@ -257,17 +266,24 @@ impl Tally {
     }
 
     /// A message of the client was let in and handed to whoever wants it.
-    pub(crate) fn published(&mut self, message: &Message, matched: bool, totals: &Totals) {
+    pub(crate) fn published(&mut self, message: &Message, recipients: usize, totals: &Totals) {
         let qos = message.qos();
         let bytes = message.payload().len() as u64;
         self.sizes.observe(bytes, &totals.message_size);
+        self.fanouts.observe(recipients as u64, &totals.fanout);
         self.publish_allowed += 1;
         self.received[qos.index()] += 1;
-        self.unrouted[qos.index()] += u32::from(!matched);
+        self.unrouted[qos.index()] += u32::from(recipients == 0);
     }
 
-    pub(crate) fn acknowledged(&mut self, qos: QoS) {
+    /// The client has finished a delivery, so long after it was sent; that is not known if it was sent
+    /// on an earlier connection.
+    pub(crate) fn acknowledged(&mut self, qos: QoS, after: Option<Duration>, totals: &Totals) {
         self.acknowledged[qos.index()] += 1;
+        if let Some(after) = after {
+            let us = microseconds(after);
+            self.acknowledgements[qos.index()].observe(us, totals.subscriber_ack.of(qos));
+        }
     }
 
     /// A PUBLISH was written to the client; `age` is how long after it came, if it has not waited.
@@ -333,7 +349,11 @@ impl Tally {
         for (qos, run) in QoS::ALL.iter().zip(&mut self.answers) {
             run.add_to(totals.publish_ack.of(*qos));
         }
+        for (qos, run) in QoS::ALL.iter().zip(&mut self.acknowledgements) {
+            run.add_to(totals.subscriber_ack.of(*qos));
+        }
         self.sizes.add_to(&totals.message_size);
+        self.fanouts.add_to(&totals.fanout);
         for (from, run) in Where::ALL.iter().zip(&mut self.deliveries) {
             run.add_to(totals.delivery.of(*from));
         }

@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
 use super::connect::Terms;
 use super::{Action, Now, Reply, ReplyKind, Session};
-use crate::metrics::{Arrival, Dropped};
+use crate::metrics::{Arrival, Dropped, Where};
 use crate::mqtt::encode::{PublishHeader, TopicAlias, publish_length};
 use crate::mqtt::packet::Acknowledgement;
 use crate::mqtt::{Message, PacketId, QoS, ReasonCode};
@@ -111,6 +113,8 @@ struct Exchange {
     state: ExchangeState,
     /// The order in which exchanges began.
     sequence: u64,
+    /// When the PUBLISH was last sent on this connection.
+    sent: Arrival,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +180,7 @@ impl InFlight {
                 origin,
                 state,
                 sequence,
+                sent: Arrival::NONE,
             });
             in_flight.count += 1;
         }
@@ -194,6 +199,7 @@ impl InFlight {
             origin,
             state,
             sequence: self.next_sequence,
+            sent: Arrival::NONE,
         });
         self.next_sequence += 1;
         self.count += 1;
@@ -297,7 +303,10 @@ impl InFlight {
 }
 
 impl Outbound {
-    pub(super) fn new(terms: &Terms, in_flight: InFlight) -> Self {
+    pub(super) fn new(terms: &Terms, mut in_flight: InFlight) -> Self {
+        for exchange in in_flight.slots.iter_mut().flatten() {
+            exchange.sent = Arrival::NONE;
+        }
         Self {
             in_flight,
             send_maximum: terms.send_maximum,
@@ -353,6 +362,19 @@ impl Session {
     /// QoS 1 and 2 deliveries that are not finished.
     pub(crate) fn in_flight(&self) -> u16 {
         self.outbound.in_flight.count()
+    }
+
+    /// The PUBLISH with this identifier is sent.
+    pub(crate) fn sent(&mut self, packet_id: PacketId, now: Instant) {
+        if let Some(exchange) = self.outbound.in_flight.get(packet_id) {
+            exchange.sent = Arrival::new(now, Where::Local);
+        }
+    }
+
+    /// When the PUBLISH of this delivery was sent; none if that was on an earlier connection.
+    pub(crate) fn sent_at(&mut self, packet_id: PacketId) -> Arrival {
+        let exchange = self.outbound.in_flight.get(packet_id);
+        exchange.map_or(Arrival::NONE, |exchange| exchange.sent)
     }
 
     /// Whether another QoS 1 or 2 message may be sent, [MQTT-3.3.4-9]. Those of an earlier

@@ -41,6 +41,10 @@ impl Store for MeteredStore {
         self.totals.measure(Operation::ReadInbox, read).await
     }
 
+    fn note_retry(&self, operation: Operation) {
+        self.totals.retries.of(operation).inc();
+    }
+
     fn kind(&self) -> &'static str {
         self.store.kind()
     }

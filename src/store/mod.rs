@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+use crate::metrics::Operation;
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, PacketId, ProtocolVersion, QoS, SubscriptionFilter};
 
@@ -67,6 +68,9 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     /// # Errors
     /// `StoreError` if they cannot be read; none of them is lost.
     async fn read_inbox(&self, range: InboxRange) -> Result<Vec<Chunk>, StoreError>;
+
+    /// Notes that this is asked again, which was not available before.
+    fn note_retry(&self, _operation: Operation) {}
 
     /// What it is, in the words of `store.kind`.
     fn kind(&self) -> &'static str;

@@ -10,7 +10,7 @@ use crate::client::Client;
 use crate::lines::DEADLINE;
 use crate::mongod::{Database, POLL_PAUSE, ReplicaSet};
 use crate::node::Cluster;
-use crate::wire::{Connect, Version};
+use crate::wire::{Connect, Publish, Version};
 
 /// The status and the body of the answer.
 ///
@@ -140,15 +140,24 @@ async fn a_node_of_a_cluster_has_metrics_of_the_bus_and_of_its_peers() {
             1.0,
         ),
     ] {
-        let end = Instant::now() + DEADLINE;
-        while sample(http[0], series).is_none_or(|value| value < at_least) {
-            assert!(
-                Instant::now() < end,
-                "{series}: {:?}",
-                sample(http[0], series)
-            );
-            sleep(POLL_PAUSE).await;
+        wait_for_at_least(http[0], series, at_least).await;
+    }
+    // The client goes from one node to the other.
+    let address = cluster.node(0).address();
+    let _client = Client::connect(address, &Connect::persistent(Version::V5, "a")).await;
+    let takeovers = "midge_session_takeover_duration_seconds_count{origin=\"remote\"}";
+    wait_for_at_least(http[0], takeovers, 1.0).await;
+}
+
+async fn wait_for_at_least(address: SocketAddr, series: &str, at_least: f64) {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        let value = sample(address, series);
+        if value.is_some_and(|value| value >= at_least) {
+            return;
         }
+        assert!(Instant::now() < end, "{series}: {value:?}");
+        sleep(POLL_PAUSE).await;
     }
 }
 
@@ -160,7 +169,17 @@ async fn a_node_without_mongodb_is_alive_and_asks_for_no_new_clients() {
     let http = cluster.node(0).http_address();
     wait_for_lbz(http, 200).await;
 
+    let address = cluster.node(0).address();
+    let mut client = Client::connect(address, &Connect::persistent(Version::V5, "a")).await;
+    client.subscribe("a", 1).await.unwrap();
+
     set.mongod(0).kill();
+    let publish = Publish {
+        packet_id: 1,
+        ..Publish::new("a", "", 1)
+    };
+    client.send(&publish.encode(Version::V5)).await.unwrap();
+    wait_for_at_least(http, "midge_store_retries_total{operation=\"write\"}", 1.0).await;
     wait_for_lbz(http, 404).await;
     assert_eq!(ask(http, "GET", "/livez").unwrap().0, 200);
     let (status, body) = ask(http, "GET", "/readyz").unwrap();

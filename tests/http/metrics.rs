@@ -151,8 +151,9 @@ fn what_clients_do_is_counted() {
     let mut publisher = Client::connect(broker.mqtt, "publisher");
     publisher.publish("a/b", b"hello");
     publisher.publish("nobody/wants/it", b"hello");
-    let (kind, _) = subscriber.receive();
+    let (kind, publish) = subscriber.receive();
     assert_eq!(kind & 0xF0, 0x30);
+    subscriber.acknowledge(&publish);
 
     for (series, value) in [
         ("midge_connections_opened_total{listener=\"tcp\"}", 2.0),
@@ -172,6 +173,13 @@ fn what_clients_do_is_counted() {
         ("midge_publish_ack_duration_seconds_count{qos=\"1\"}", 2.0),
         ("midge_delivery_duration_seconds_count{path=\"local\"}", 1.0),
         (
+            "midge_subscriber_ack_duration_seconds_count{qos=\"1\"}",
+            1.0,
+        ),
+        ("midge_message_fanout_bucket{le=\"0.0\"}", 1.0),
+        ("midge_message_fanout_count", 2.0),
+        ("midge_message_fanout_sum", 1.0),
+        (
             "midge_authentications_total{method=\"anonymous\",result=\"allowed\"}",
             2.0,
         ),
@@ -181,6 +189,63 @@ fn what_clients_do_is_counted() {
     drop(publisher);
     let closed = "midge_connections_closed_total{listener=\"tcp\",reason=\"network_error\"}";
     wait_for(&broker, closed, 1.0);
+}
+
+#[test]
+fn a_client_that_comes_again_waits_for_its_first_connection_to_let_go() {
+    let broker = Broker::start();
+    let _first = Client::connect(broker.mqtt, "ann");
+    let _second = Client::connect(broker.mqtt, "ann");
+
+    for (series, value) in [
+        ("midge_sessions_taken_over_total{origin=\"local\"}", 1.0),
+        (
+            "midge_session_takeover_duration_seconds_count{origin=\"local\"}",
+            1.0,
+        ),
+        (
+            "midge_session_takeover_duration_seconds_count{origin=\"remote\"}",
+            0.0,
+        ),
+    ] {
+        wait_for(&broker, series, value);
+    }
+}
+
+#[test]
+fn retained_messages_have_a_size() {
+    let broker = Broker::start();
+    let message = serde_json::json!({ "payload": "hello", "qos": 1 });
+    let answer = broker.send("PUT", "/api/v1/retained/a", &message);
+    assert!(answer.status < 300, "{answer:?}");
+
+    // The first look at what takes a while to find out.
+    let answer = broker.get("/metrics").expect(200);
+    let samples = samples(&answer);
+    assert_eq!(samples["midge_cluster_retained_messages"], 1.0);
+    assert!(samples["midge_cluster_retained_bytes"] >= 5.0);
+}
+
+/// The value of `sha256`.
+fn fingerprint(broker: &Broker) -> String {
+    let answer = broker.get("/metrics").expect(200);
+    let series = samples(&answer);
+    let mut infos = series
+        .keys()
+        .filter(|series| series.starts_with("midge_config_info{"));
+    infos.next().unwrap().split('"').nth(1).unwrap().to_owned()
+}
+
+#[test]
+fn nodes_with_the_same_settings_have_the_same_fingerprint() {
+    let start = |settings: &[&str]| Broker::start_in(tempfile::tempdir().unwrap(), settings);
+    let broker = start(&[]);
+    let twin = start(&["node.name=there"]);
+    let other = start(&["limits.topic_levels_max=7"]);
+
+    assert_eq!(fingerprint(&broker).len(), 8);
+    assert_eq!(fingerprint(&broker), fingerprint(&twin));
+    assert_ne!(fingerprint(&broker), fingerprint(&other));
 }
 
 #[test]

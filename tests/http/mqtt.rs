@@ -59,6 +59,13 @@ impl Client {
         assert_eq!(kind, 0x40);
     }
 
+    /// Acknowledges a PUBLISH of QoS 1, given what follows its length.
+    #[track_caller]
+    pub(crate) fn acknowledge(&mut self, publish: &[u8]) {
+        let topic_bytes = usize::from(u16::from_be_bytes([publish[0], publish[1]]));
+        self.send(0x40, &publish[2 + topic_bytes..4 + topic_bytes]);
+    }
+
     fn send(&mut self, first: u8, body: &[u8]) {
         let length = u8::try_from(body.len()).unwrap();
         assert!(length < 128);

@@ -260,6 +260,11 @@ impl Links {
         self.bus.is_connected() && !self.is_failing()
     }
 
+    /// How often the bus has made a connection anew.
+    pub(crate) fn bus_reconnects(&self) -> u64 {
+        self.bus.reconnects()
+    }
+
     pub(crate) fn counters(&self) -> &Counters {
         &self.counters
     }

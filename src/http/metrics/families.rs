@@ -57,6 +57,8 @@ families! {
             "Whether files were good when they were last read again (1) or not (0).";
         CONFIG_RELOAD_TIMESTAMP: Gauge "midge_config_last_reload_success_timestamp_seconds" []
             "Unix time at which the files in effect were read.";
+        CONFIG_INFO: Gauge "midge_config_info" ["sha256"]
+            "The first digits of a hash of the settings in effect, without passwords, node.name and the addresses that are bound: nodes that differ have different settings. Always 1.";
         OVERLOAD_LEVEL: Gauge "midge_overload_level" []
             "0 if there is memory enough, 1 if new connections are paced, 2 if publishers are, 3 if nobody is let in.";
         MEMORY_LIMIT: Gauge "midge_memory_limit_bytes" []
@@ -123,10 +125,14 @@ families! {
             "Accepted messages that nobody had subscribed to.";
         MESSAGE_SIZE: Histogram "midge_message_size_bytes" []
             "Payloads that clients have published.";
+        MESSAGE_FANOUT: Histogram "midge_message_fanout" []
+            "Sessions and share groups that one message was for; all at another node that end with their connections count as one.";
         PUBLISH_ACK_DURATION: Histogram "midge_publish_ack_duration_seconds" ["qos"]
             "From reading PUBLISH to writing PUBACK or PUBREC.";
         DELIVERY_DURATION: Histogram "midge_delivery_duration_seconds" ["path"]
             "From reading PUBLISH (local) or the frame of another node (remote) to writing PUBLISH to a subscriber; what was read from an inbox is not in it.";
+        SUBSCRIBER_ACK_DURATION: Histogram "midge_subscriber_ack_duration_seconds" ["qos"]
+            "From writing PUBLISH to a subscriber to reading its PUBACK or PUBCOMP.";
         WILLS_PUBLISHED: Counter "midge_wills_published_total" []
             "Wills that were published.";
         RETAINED_DELIVERED: Counter "midge_retained_delivered_total" []
@@ -141,6 +147,8 @@ families! {
             "Sessions that a client came back to; remote if they were last at another node.";
         SESSIONS_TAKEN_OVER: Counter "midge_sessions_taken_over_total" ["origin"]
             "Connections of this node that ended because their client came again; remote if to another node.";
+        SESSION_TAKEOVER_DURATION: Histogram "midge_session_takeover_duration_seconds" ["origin"]
+            "How long a client waited until its earlier connection to this node, or the node that had its session last (remote), let the session go.";
         SESSIONS_EXPIRED: Counter "midge_sessions_expired_total" []
             "Sessions that ended because their client stayed away.";
         SUBSCRIPTIONS: Gauge "midge_subscriptions" ["kind"]
@@ -163,6 +171,8 @@ families! {
             "How long the store took.";
         STORE_BATCH_CHANGES: Histogram "midge_store_batch_changes" []
             "Changes that were written together, in one group commit.";
+        STORE_RETRIES: Counter "midge_store_retries_total" ["operation"]
+            "What was asked of the store again, because it was not available before.";
         STORE_PENDING_OPERATIONS: Gauge "midge_store_pending_operations" []
             "What was asked of the store and is not yet answered.";
     }
@@ -175,6 +185,8 @@ families! {
             "Messages that wait in the store, at most 15 s old; with MongoDB estimated, and with those in flight to connected clients.";
         CLUSTER_RETAINED_MESSAGES: Gauge "midge_cluster_retained_messages" []
             "Retained messages, at most 15 s old.";
+        CLUSTER_RETAINED_BYTES: Gauge "midge_cluster_retained_bytes" []
+            "Their size with topics and properties, at most 15 s old; with MongoDB that of their documents.";
     }
     "Between nodes: only with a shared store" {
         BUS_CONNECTED: Gauge "midge_cluster_bus_connected" []
@@ -191,6 +203,8 @@ families! {
             "Times that they could not be had, and inboxes were read from the store instead; clean sessions may have missed messages.";
         BUS_PUBLISH_FAILURES: Counter "midge_cluster_bus_publish_failures_total" ["reason"]
             "Times that the bus did not take frames in time.";
+        BUS_RECONNECTS: Counter "midge_cluster_bus_reconnects_total" []
+            "Times that a connection to the bus that was lost was made anew.";
         BUS_ROUNDTRIP_DURATION: Histogram "midge_cluster_bus_roundtrip_duration_seconds" []
             "From sending a frame to all to its coming back to this node.";
     }
@@ -327,7 +341,7 @@ mod tests {
             );
             if family.kind == Kind::Histogram {
                 let has = |unit: &&str| family.name.ends_with(*unit);
-                let units = ["_duration_seconds", "_bytes", "_changes"];
+                let units = ["_duration_seconds", "_bytes", "_changes", "_fanout"];
                 assert!(units.iter().any(has), "{}", family.name);
             }
             let is_plain = |text: &str| !text.contains(['\\', '\n', '|', '"']);

@@ -73,6 +73,7 @@ impl Observatory {
                 sessions_offline: census.detached,
                 messages: census.offline_messages,
                 retained: node.retained.count(),
+                retained_bytes: node.retained.bytes(),
             }),
             Some(cluster) => {
                 let estimates = timeout(ESTIMATE_TIMEOUT, cluster.store.estimates()).await;
@@ -147,6 +148,9 @@ impl Page<'_> {
             .value(&f::CONFIG_RELOAD_SUCCESSFUL, u8::from(is_successful));
         self.out
             .value(&f::CONFIG_RELOAD_TIMESTAMP, succeeded_at as f64 / 1e3);
+        if let Some(fingerprint) = self.steering.reload.fingerprint() {
+            self.out.family(&f::CONFIG_INFO).sample(&[&fingerprint], 1);
+        }
         self.out.value(&f::OVERLOAD_LEVEL, node.overload.level());
         let limit = node.overload.limit_bytes().unwrap_or(0);
         self.out.value(&f::MEMORY_LIMIT, limit);
@@ -224,15 +228,10 @@ impl Page<'_> {
         self.counters(&f::MESSAGES_DROPPED, &totals.dropped);
         self.counters(&f::MESSAGES_UNROUTED, &totals.messages_unrouted);
         self.histogram(&f::MESSAGE_SIZE, &totals.message_size);
-        let mut samples = self.out.family(&f::PUBLISH_ACK_DURATION);
-        for (qos, histogram) in totals
-            .publish_ack
-            .iter()
-            .filter(|(qos, _)| *qos > QoS::AtMostOnce)
-        {
-            samples.distribution(&[qos.name()], &histogram.read());
-        }
+        self.histogram(&f::MESSAGE_FANOUT, &totals.fanout);
+        self.acknowledgements(&f::PUBLISH_ACK_DURATION, &totals.publish_ack);
         self.histograms(&f::DELIVERY_DURATION, &totals.delivery);
+        self.acknowledgements(&f::SUBSCRIBER_ACK_DURATION, &totals.subscriber_ack);
         let wills = totals.messages_received.iter();
         let wills = wills.map(|(_, by_source)| by_source.of(Source::Will).get());
         let wills: u64 = wills.sum();
@@ -250,6 +249,7 @@ impl Page<'_> {
         self.out.value(&f::SESSIONS_CREATED, created);
         self.counters(&f::SESSIONS_RESUMED, &totals.sessions_resumed);
         self.counters(&f::SESSIONS_TAKEN_OVER, &totals.sessions_taken_over);
+        self.histograms(&f::SESSION_TAKEOVER_DURATION, &totals.takeover);
         let expired = totals.sessions_expired.get();
         self.out.value(&f::SESSIONS_EXPIRED, expired);
         self.gauges(&f::SUBSCRIPTIONS, &totals.subscriptions);
@@ -271,6 +271,7 @@ impl Page<'_> {
         self.counters_by(&f::STORE_OPERATIONS, &totals.operations);
         self.histograms(&f::STORE_OPERATION_DURATION, &totals.durations);
         self.histogram(&f::STORE_BATCH_CHANGES, &totals.batches);
+        self.counters(&f::STORE_RETRIES, &totals.retries);
         self.out
             .value(&f::STORE_PENDING_OPERATIONS, totals.pending.get());
     }
@@ -290,6 +291,8 @@ impl Page<'_> {
                 .value(&f::CLUSTER_OFFLINE_MESSAGES, estimates.messages);
             self.out
                 .value(&f::CLUSTER_RETAINED_MESSAGES, estimates.retained);
+            self.out
+                .value(&f::CLUSTER_RETAINED_BYTES, estimates.retained_bytes);
         }
         let Some(cluster) = cluster else {
             return;
@@ -304,6 +307,8 @@ impl Page<'_> {
         self.out.value(&f::BUS_GAPS, counters.gaps.get());
         self.out.value(&f::BUS_LOST, counters.lost.get());
         self.counters(&f::BUS_PUBLISH_FAILURES, &counters.failures);
+        let reconnects = cluster.links.bus_reconnects();
+        self.out.value(&f::BUS_RECONNECTS, reconnects);
         self.histogram(&f::BUS_ROUNDTRIP_DURATION, &counters.roundtrip);
     }
 
@@ -330,6 +335,13 @@ impl Page<'_> {
         let mut samples = self.out.family(family);
         for (qos, counter) in counters.iter().filter(|(qos, _)| *qos > QoS::AtMostOnce) {
             samples.sample(&[qos.name()], counter.get());
+        }
+    }
+
+    fn acknowledgements(&mut self, family: &'static f::Family, histograms: &By<QoS, Histogram>) {
+        let mut samples = self.out.family(family);
+        for (qos, histogram) in histograms.iter().filter(|(qos, _)| *qos > QoS::AtMostOnce) {
+            samples.distribution(&[qos.name()], &histogram.read());
         }
     }
 

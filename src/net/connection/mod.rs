@@ -486,17 +486,20 @@ impl Connection {
             let packet_type = packet.packet_type();
             self.tally.packet_received(packet_type);
             let in_flight = self.session.in_flight();
-            self.session.receive(packet, now)?;
             // A PUBREC with an error ends an exchange as well, and acknowledges nothing.
-            let qos = match packet_type {
-                PacketType::PubAck => Some(QoS::AtLeastOnce),
-                PacketType::PubComp => Some(QoS::ExactlyOnce),
+            let acknowledged = match &packet {
+                Packet::PubAck(ack) => Some((QoS::AtLeastOnce, ack.packet_id)),
+                Packet::PubComp(ack) => Some((QoS::ExactlyOnce, ack.packet_id)),
                 _ => None,
             };
-            if let Some(qos) = qos
+            let acknowledged = acknowledged.map(|(qos, id)| (qos, self.session.sent_at(id)));
+            self.session.receive(packet, now)?;
+            if let Some((qos, sent)) = acknowledged
                 && self.session.in_flight() < in_flight
             {
-                self.tally.acknowledged(qos);
+                let after = sent.age(now.instant).map(|(after, _)| after);
+                let totals = &self.context.node.totals;
+                self.tally.acknowledged(qos, after, totals);
             }
             self.session.take_actions(&mut self.actions);
             self.perform_actions().await?;
@@ -620,7 +623,7 @@ impl Connection {
             .node
             .publish(&message, publisher, &mut self.last_topic, with);
         let totals = &self.context.node.totals;
-        self.tally.published(&message, published.matched, totals);
+        self.tally.published(&message, published.recipients, totals);
         self.last_receipt = self.last_receipt.max(published.receipt);
         if let Some(crowded) = published.crowded
             && !Arc::ptr_eq(&crowded, mailbox)
@@ -628,7 +631,7 @@ impl Connection {
             self.crowded = Some((crowded, Instant::now() + CROWDED_WAIT));
         }
         if let Some(packet_id) = packet_id {
-            let reason = if published.matched {
+            let reason = if published.recipients > 0 {
                 ReasonCode::Success
             } else {
                 ReasonCode::NoMatchingSubscribers
@@ -747,6 +750,9 @@ impl Connection {
         self.tally.delivered(qos, age, totals);
         if outgoing.dup {
             totals.messages_redelivered.of(qos).inc();
+        }
+        if let Some(packet_id) = outgoing.packet_id {
+            self.session.sent(packet_id, now);
         }
         self.tally.bytes_sent += self.io.write_publish(outgoing, self.session.version()) as u64;
     }

@@ -20,6 +20,8 @@ pub(crate) struct Estimates {
     pub(crate) messages: u64,
     /// Those that have expired and are not yet removed included.
     pub(crate) retained: u64,
+    /// Of their topics, payloads and properties; in MongoDB with the names of the fields around them.
+    pub(crate) retained_bytes: u64,
 }
 
 impl MongoStore {
@@ -42,7 +44,19 @@ impl MongoStore {
             sessions_offline: sessions.saturating_sub(online),
             messages: self.messages_in(chunks).await?,
             retained,
+            retained_bytes: self.bytes_of(RETAINED).await?,
         })
+    }
+
+    /// What the server knows without reading the collection.
+    async fn bytes_of(&self, collection: &str) -> Result<u64, StoreError> {
+        let answer = self
+            .commands
+            .run(rawdoc! { "collStats": collection })
+            .await?;
+        // Absent as long as there is no such collection.
+        let bytes = integer(&answer, "size").unwrap_or(0);
+        Ok(u64::try_from(bytes).unwrap_or(0))
     }
 
     async fn count(&self, command: bson::raw::RawDocumentBuf) -> Result<u64, StoreError> {
