@@ -54,6 +54,7 @@ pub(crate) use self::groups::{GroupPlace, GroupRequest};
 pub(crate) use self::log::{LogAction, LogEntry, LogOp, SharedSession};
 pub(crate) use self::nodes::{NodeRow, NodeState};
 pub(crate) use self::open::{Leftover, OpenRequest, OpenedSession};
+use self::retained::KnownTopics;
 pub(crate) use self::retained::RetainedRange;
 
 /// Connections to the server at most, unless the URI says otherwise.
@@ -69,6 +70,12 @@ const RANGES_MAX: usize = 100;
 
 /// Chunks read at a time.
 const PAGE_CHUNKS: i64 = 500;
+
+/// Chunks that are read before it is known how large they are.
+const FIRST_CHUNKS: i64 = 2;
+
+/// An answer with fewer bytes than this was not cut short by the server, which does so at 16 MiB.
+const ANSWER_BYTES_MIN: usize = 1024 * 1024;
 
 /// Where the database is, and who asks.
 #[derive(Clone)]
@@ -97,6 +104,7 @@ pub(crate) struct MongoStore {
     transactions: Arc<tokio::sync::Mutex<Transactions>>,
     /// The last entry of this node's subscription log.
     log_entry: Arc<Mutex<u64>>,
+    known_topics: Arc<Mutex<KnownTopics>>,
 }
 
 impl MongoStore {
@@ -150,6 +158,7 @@ impl MongoStore {
             name: options.node_name.into(),
             held: Arc::default(),
             log_entry: Arc::default(),
+            known_topics: Arc::default(),
         }))
     }
 
@@ -311,11 +320,14 @@ impl MongoStore {
         let mut bytes = 0;
         let mut from = range.from;
         let before = binary(format::inbox_key(range.session, range.before));
+        // How large they are shows only when they are here, and large ones are not read in vain.
+        let mut limit = FIRST_CHUNKS;
         loop {
             let first = binary(format::inbox_key(range.session, from));
             let keys = bson::rawdoc! { "_id": { "$gte": first, "$lt": before.clone() } };
-            let page = Query::new(INBOX, keys).limit(PAGE_CHUNKS);
+            let page = Query::new(INBOX, keys).limit(limit);
             let page = self.commands.find(page).await?;
+            let is_last = page.len() < limit as usize && bytes_of(&page) < ANSWER_BYTES_MIN;
             for document in &page {
                 let value = Document::new("a chunk", document).required_bytes("b")?;
                 bytes += format::read_chunk_summary(value)?.message_bytes;
@@ -325,9 +337,14 @@ impl MongoStore {
                 chunks.push(documents::read_chunk(document)?);
             }
             match chunks.last() {
-                Some(last) if !page.is_empty() => from = last.key.successor(),
+                Some(last) if !is_last => from = last.key.successor(),
                 _ => return Ok(chunks),
             }
+            let chunk_bytes = bytes / chunks.len() as u64 + 1;
+            let wanted = (range.bytes_max as u64).saturating_sub(bytes) / chunk_bytes;
+            limit = i64::try_from(wanted)
+                .unwrap_or(i64::MAX)
+                .clamp(FIRST_CHUNKS, PAGE_CHUNKS);
         }
     }
 }
@@ -369,6 +386,13 @@ impl Store for MongoStore {
         let client = self.commands.database().client().clone();
         client.shutdown().immediate(true).await;
     }
+}
+
+fn bytes_of(documents: &[RawDocumentBuf]) -> usize {
+    documents
+        .iter()
+        .map(|document| document.as_bytes().len())
+        .sum()
 }
 
 fn read_exchange(

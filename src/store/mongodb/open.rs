@@ -129,7 +129,13 @@ impl OpenRequest {
         };
         let stages = if self.is_stored() {
             let mut fields = rawdoc! {
-                "og": leftovers,
+                "og": { "$let": {
+                    "vars": { "all": leftovers },
+                    "in": { "$cond": [{ "$eq": ["$$all", []] }, "$$REMOVE", "$$all"] },
+                } },
+                "ends": "$$REMOVE",
+                "willdue": "$$REMOVE",
+                "due": "$$REMOVE",
                 "sid": { "$cond": ["$pv.fr", token(), "$sid"] },
                 "s": { "$cond": ["$pv.fr", { "$literal": {} }, "$s"] },
                 "e": epoch(),
@@ -153,17 +159,7 @@ impl OpenRequest {
                     fields.append(cstr!("wd"), "$$REMOVE");
                 }
             }
-            let tidy = rawdoc! {
-                "og": { "$cond": [{ "$eq": ["$og", []] }, "$$REMOVE", "$og"] },
-                "ends": "$$REMOVE",
-                "willdue": "$$REMOVE",
-                "due": "$$REMOVE",
-            };
-            array([
-                remember,
-                rawdoc! { "$set": fields },
-                rawdoc! { "$set": tidy },
-            ])
+            array([remember, rawdoc! { "$set": fields }])
         } else {
             // Nothing of it is stored but what it puts an end to.
             let end = rawdoc! {

@@ -1,14 +1,41 @@
-//! Retained messages, looked up topic by topic or in the order of their topics.
+//! Retained messages: written so that the latest one of a topic stays, looked up topic by topic or in
+//! the order of their topics.
 
+use std::hash::BuildHasher;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bson::raw::RawDocumentBuf;
-use bson::{DateTime, RawBson, cstr, rawdoc};
+use bson::{DateTime, RawBson, Timestamp, cstr, rawdoc};
+use futures_util::future::try_join_all;
+use hashbrown::{HashMap, HashSet};
 
 use super::MongoStore;
-use super::commands::Query;
-use super::documents::{RETAINED, read_retained};
-use crate::store::{Retained, StoreError};
+use super::commands::{Concern, Query, Verb, WriteCommand, binary, update, write_commands};
+use super::documents::{RETAINED, date, message_id_value, read_retained};
+use crate::store::{MessageId, Retained, StoreError, format};
+
+/// How long the cleared state of a topic is remembered: longer than any write can be late.
+const TOMBSTONE: Duration = Duration::from_secs(3600);
+
+/// Topics that are remembered as written, 2 MiB of them.
+const KNOWN_MAX: usize = 1 << 17;
+
+/// Topics that are likely to have a document. It costs a quarter to insert one that has none, and
+/// more to find out that it has.
+#[derive(Debug, Default)]
+pub(super) struct KnownTopics(HashSet<u64>);
+
+impl KnownTopics {
+    /// Whether the topic was noted before; it is from now on.
+    fn note(&mut self, topic: &str) -> bool {
+        let hash = self.0.hasher().hash_one(topic);
+        if self.0.len() == KNOWN_MAX && !self.0.contains(&hash) {
+            self.0.clear();
+        }
+        !self.0.insert(hash)
+    }
+}
 
 /// Which retained messages to read.
 #[derive(Clone, Debug)]
@@ -24,7 +51,101 @@ pub(crate) enum RetainedRange {
     },
 }
 
+/// The state of one topic: `None` is that nothing is retained.
+type State<'a> = (&'a str, MessageId, Option<&'a Retained>);
+
+/// The fields of a topic's document, and when it is removed.
+fn fields_of(&(_, at, retained): &State<'_>) -> (RawDocumentBuf, Option<DateTime>) {
+    let mut fields = rawdoc! { "k": message_id_value(at) };
+    let expires_at = match retained {
+        Some(retained) => {
+            fields.append(cstr!("b"), binary(format::retained_value(retained)));
+            retained.message.expires_at().map(date)
+        }
+        None => {
+            fields.append(cstr!("b"), RawBson::Null);
+            let until = DateTime::now().timestamp_millis() + TOMBSTONE.as_millis() as i64;
+            Some(DateTime::from_millis(until))
+        }
+    };
+    if let Some(expires_at) = expires_at {
+        fields.append(cstr!("x"), expires_at);
+    }
+    (fields, expires_at)
+}
+
+fn insertion(state: &State<'_>) -> RawDocumentBuf {
+    let (mut fields, _) = fields_of(state);
+    fields.append(cstr!("_id"), state.0);
+    fields
+}
+
+fn replacement(state: &State<'_>) -> RawDocumentBuf {
+    let change = match fields_of(state) {
+        (fields, Some(_)) => rawdoc! { "$set": fields },
+        (fields, None) => rawdoc! { "$set": fields, "$unset": { "x": 1 } },
+    };
+    // The key is taken if the same one or a later one is there: then nothing is to be done.
+    let older = rawdoc! { "_id": state.0, "k": { "$lt": message_id_value(state.1) } };
+    update(older, change, true)
+}
+
 impl MongoStore {
+    /// Of the same topic the one with the highest id stays, whichever is written last.
+    pub(super) async fn write_retained(
+        &self,
+        retained: &HashMap<&str, (MessageId, Option<&Retained>)>,
+    ) -> Result<Option<Timestamp>, StoreError> {
+        if retained.is_empty() {
+            return Ok(None);
+        }
+        let states = retained
+            .iter()
+            .map(|(topic, (at, retained))| (*topic, *at, *retained));
+        let (known, new): (Vec<State<'_>>, Vec<_>) = {
+            let mut topics = self.known_topics.lock();
+            states.partition(|(topic, ..)| topics.note(topic))
+        };
+        let (replaced, (inserted, taken)) =
+            tokio::try_join!(self.replace_retained(&known), self.insert_retained(&new))?;
+        let taken = self.replace_retained(&taken).await?;
+        Ok(replaced.max(inserted).max(taken))
+    }
+
+    /// Returns those whose topics have a document.
+    async fn insert_retained<'a>(
+        &self,
+        states: &[State<'a>],
+    ) -> Result<(Option<Timestamp>, Vec<State<'a>>), StoreError> {
+        let documents = states.iter().map(insertion);
+        let batches = write_commands(Verb::Insert, RETAINED, documents, Concern::Majority);
+        let inserted = batches.into_iter().map(|batch| async move {
+            let outcome = self.commands.write(batch.command).await?;
+            let taken = outcome.duplicates.iter();
+            let taken: Vec<_> = taken.map(|index| states[batch.first + index]).collect();
+            Ok::<_, StoreError>((outcome.time, taken))
+        });
+        let (times, taken): (Vec<_>, Vec<_>) = try_join_all(inserted).await?.into_iter().unzip();
+        Ok((times.into_iter().max().flatten(), taken.concat()))
+    }
+
+    async fn replace_retained(
+        &self,
+        states: &[State<'_>],
+    ) -> Result<Option<Timestamp>, StoreError> {
+        let statements = states.iter().map(replacement);
+        let batches = write_commands(Verb::Update, RETAINED, statements, Concern::Majority);
+        let written = batches
+            .into_iter()
+            .map(|WriteCommand { command, .. }| self.commands.write(command));
+        let outcomes = try_join_all(written).await?;
+        Ok(outcomes
+            .into_iter()
+            .map(|outcome| outcome.time)
+            .max()
+            .flatten())
+    }
+
     /// Reads retained messages, but none that has expired or was cleared.
     ///
     /// # Errors

@@ -1240,7 +1240,7 @@ async fn exactly_once_message_is_taken_over_only_after_it_is_retained() {
     let changes = Arc::new(vec![await_release(session(1)), retained]);
     let namespace = format!("{}.{RETAINED}", fixture.database);
     let how = bson::doc! { "errorCode": 91, "namespace": namespace };
-    fail_next(&fixture, "update", how).await;
+    fail_next(&fixture, "insert", how).await;
 
     let failed = store.write(changes.clone(), None).await.unwrap_err();
     assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");

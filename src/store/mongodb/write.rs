@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bson::raw::{CString, RawDocumentBuf};
-use bson::{DateTime, Timestamp, cstr, rawdoc};
+use bson::{Timestamp, cstr, rawdoc};
 use futures_util::future::try_join_all;
 use hashbrown::HashMap;
 use mongodb::ClientSession;
@@ -28,20 +28,17 @@ use super::commands::{
     write_commands,
 };
 use super::documents::{
-    AWAITING, Document, EXCHANGES, Fields, GARBAGE, INBOX, NODES, RETAINED, SESSIONS, SUBLOG,
-    chunk_document, chunk_fields, date, key_of, message_id_value, subscription_field,
+    AWAITING, Document, EXCHANGES, Fields, GARBAGE, INBOX, NODES, SESSIONS, SUBLOG, chunk_document,
+    chunk_fields, key_of, subscription_field,
 };
 use super::held::{Held, Hold};
 use super::log::{self, LogAction, LogOp};
 use crate::failpoint;
 use crate::mqtt::SubscriptionFilter;
 use crate::store::{
-    Change, Chunk, LogPosition, MessageId, Owner, Retained, SessionId, SessionRecord, StoreError,
-    Written, format,
+    Change, Chunk, LogPosition, MessageId, Owner, SessionId, SessionRecord, StoreError, Written,
+    format,
 };
-
-/// How long the cleared state of a topic is remembered: longer than any write can be late.
-const TOMBSTONE: Duration = Duration::from_secs(3600);
 
 /// Wait before a transaction is repeated that others were in the way of, at first and at most.
 const CONFLICT_WAIT: Duration = Duration::from_millis(2);
@@ -256,47 +253,6 @@ impl MongoStore {
             time = time.max(self.commands.write(batch.command).await?.time);
         }
         Ok(time)
-    }
-
-    /// Of the same topic the one with the highest id stays, whichever is written last.
-    async fn write_retained(
-        &self,
-        retained: &HashMap<&str, (MessageId, Option<&Retained>)>,
-    ) -> Result<Option<Timestamp>, StoreError> {
-        let statements = retained.iter().map(|(topic, (at, retained))| {
-            let mut fields = rawdoc! { "k": message_id_value(*at) };
-            let expires_at = match retained {
-                Some(retained) => {
-                    fields.append(cstr!("b"), binary(format::retained_value(retained)));
-                    retained.message.expires_at().map(date)
-                }
-                None => {
-                    fields.append(cstr!("b"), bson::RawBson::Null);
-                    let until = DateTime::now().timestamp_millis() + TOMBSTONE.as_millis() as i64;
-                    Some(DateTime::from_millis(until))
-                }
-            };
-            let change = match expires_at {
-                Some(expires_at) => {
-                    fields.append(cstr!("x"), expires_at);
-                    rawdoc! { "$set": fields }
-                }
-                None => rawdoc! { "$set": fields, "$unset": { "x": 1 } },
-            };
-            // The key is taken if the same one or a later one is there: then nothing is to be done.
-            let older = rawdoc! { "_id": *topic, "k": { "$lt": message_id_value(*at) } };
-            update(older, change, true)
-        });
-        let batches = write_commands(Verb::Update, RETAINED, statements, Concern::Majority);
-        let written = batches
-            .into_iter()
-            .map(|batch| self.commands.write(batch.command));
-        let outcomes = try_join_all(written).await?;
-        Ok(outcomes
-            .into_iter()
-            .map(|outcome| outcome.time)
-            .max()
-            .flatten())
     }
 
     /// Writes all of `batch` or nothing, but leaves out what belongs to sessions that are lost, and
