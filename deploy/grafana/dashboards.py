@@ -253,7 +253,7 @@ CAPACITY = [
         graph("Connections, used", "Of what a node lets in, if there is a limit. Alert above 85 %: "
               "MidgeConnectionsNearlyFull.", "percentunit",
               ("sum by (instance) (midge_connections@)"
-               " / max by (instance) (midge_listener_max_connections@ > 0)", "{{instance}}"),
+               " / max by (instance) (midge_max_connections@ > 0)", "{{instance}}"),
               min=0, max=1, steps=[(0.85, "red")]),
         graph("File descriptors, used", "Alert above 85 %: MidgeFileDescriptorsNearlyExhausted.", "percentunit",
               ("process_open_fds@ / process_max_fds@", "{{instance}}"), min=0, max=1, steps=[(0.85, "red")]),

@@ -71,8 +71,8 @@ families! {
     "Connections" {
         CONNECTIONS: Gauge "midge_connections" ["listener", "version"]
             "Clients that are connected, by the Protocol Version of their CONNECT.";
-        LISTENER_MAX_CONNECTIONS: Gauge "midge_listener_max_connections" ["listener"]
-            "The connections that are let in, which all listeners share; 0 if there is no limit.";
+        MAX_CONNECTIONS: Gauge "midge_max_connections" []
+            "The connections that are let in, at all listeners together; 0 if there is no limit.";
         CONNECTIONS_OPENED: Counter "midge_connections_opened_total" ["listener"]
             "Connections that were established: CONNACK said yes.";
         CONNECTIONS_CLOSED: Counter "midge_connections_closed_total" ["listener", "reason"]

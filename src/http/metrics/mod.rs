@@ -169,10 +169,7 @@ impl Page<'_> {
         }
         let limit = &self.steering.connections.connections_max;
         let limit = Some(limit.load(Ordering::Relaxed)).filter(|limit| *limit != usize::MAX);
-        let mut samples = self.out.family(&f::LISTENER_MAX_CONNECTIONS);
-        for listener in listeners() {
-            samples.sample(&[&listener.name], limit.unwrap_or(0));
-        }
+        self.out.value(&f::MAX_CONNECTIONS, limit.unwrap_or(0));
         self.by_listener(&f::CONNECTIONS_OPENED, |listener| &listener.opened);
         let mut samples = self.out.family(&f::CONNECTIONS_CLOSED);
         for listener in listeners() {
