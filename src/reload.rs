@@ -1,4 +1,4 @@
-//! Files that are read again while the broker runs: the configuration, users, certificates.
+//! Files that are read again while the broker runs: the configuration, users, tokens, certificates.
 //!
 //! Owns when that happens (SIGHUP, the API, or the content of a file is not what it was) and that it happens
 //! as a whole or not at all: a file that is no good leaves everything as it is. What cannot change
@@ -20,6 +20,7 @@ use crate::auth::{self, CurrentAccess};
 use crate::broker::flush::unix_ms;
 use crate::broker::mailbox::Order;
 use crate::config::{ClientAuth, Config, ConfigError, Loaded, Sources};
+use crate::http::tokens::{CurrentTokens, Tokens, TokensError};
 use crate::net::connection::ConnectionContext;
 use crate::net::tls::{self, CurrentTls, TlsError};
 use crate::server::{connect_limits, rate, tls_files};
@@ -97,6 +98,8 @@ impl Reload {
 enum ReloadError {
     #[error("{0}")]
     Config(#[from] ConfigError),
+    #[error("http.tokens_file: {0}")]
+    Tokens(#[from] TokensError),
     #[error("listener {name}: {error}")]
     Tls { name: String, error: TlsError },
     #[error("the broker is stopping")]
@@ -141,6 +144,8 @@ pub(crate) struct Reloader {
     config: Config,
     /// Absent in a program that made its configuration itself.
     settings: Option<Settings>,
+    /// Absent without an HTTP server.
+    tokens: Option<Arc<CurrentTokens>>,
     access: Arc<CurrentAccess>,
     /// By the name of the listener.
     tls: BTreeMap<String, Arc<CurrentTls>>,
@@ -152,6 +157,7 @@ impl Reloader {
         state: Arc<Reload>,
         config: Config,
         loaded: Option<&Loaded>,
+        tokens: Option<Arc<CurrentTokens>>,
         access: Arc<CurrentAccess>,
         tls: BTreeMap<String, Arc<CurrentTls>>,
         connections: Arc<ConnectionContext>,
@@ -168,6 +174,7 @@ impl Reloader {
             state,
             config,
             settings,
+            tokens,
             access,
             tls,
             connections,
@@ -209,7 +216,8 @@ impl Reloader {
         let config = self.settings.as_ref().map(|settings| &settings.sources);
         let config = config.and_then(|sources| sources.file.clone());
         let users = self.config.auth.users_file.clone();
-        let mut files: Vec<_> = config.into_iter().chain(users).collect();
+        let tokens = self.tokens_file();
+        let mut files: Vec<_> = config.into_iter().chain(users).chain(tokens).collect();
         for tls in self
             .config
             .listeners
@@ -222,6 +230,11 @@ impl Reloader {
             }
         }
         files
+    }
+
+    fn tokens_file(&self) -> Option<PathBuf> {
+        let is_used = self.tokens.is_some();
+        self.config.http.tokens_file.clone().filter(|_| is_used)
     }
 
     async fn reload(&mut self) {
@@ -262,6 +275,10 @@ impl Reloader {
         }
         let auth = config.auth.clone();
         let access = off_worker(move || auth::from_config(&auth)).await??;
+        let tokens = match self.tokens_file() {
+            None => None,
+            Some(path) => Some(off_worker(move || Tokens::read(&path)).await??),
+        };
         let mut certificates = Vec::new();
         for (name, current) in &self.tls {
             let tls = config.listeners.get(name).and_then(|l| l.tls.as_ref());
@@ -278,6 +295,9 @@ impl Reloader {
 
         // All of it is good: nothing can fail from here on.
         for (current, read) in certificates {
+            current.replace(read);
+        }
+        if let (Some(current), Some(read)) = (&self.tokens, tokens) {
             current.replace(read);
         }
         self.access.replace(access);

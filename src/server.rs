@@ -30,7 +30,7 @@ use crate::cluster::{Announced, Cluster};
 use crate::config::{self, Config, Loaded};
 use crate::drain::DrainPlan;
 use crate::http;
-use crate::http::tokens::{Tokens, TokensError};
+use crate::http::tokens::{CurrentTokens, Tokens, TokensError};
 use crate::lifecycle::{Lifecycle, Phase, Steering, Wish};
 use crate::metrics::{ListenerTotals, StoreTotals, Totals};
 use crate::mqtt::ReasonCode;
@@ -79,6 +79,8 @@ pub struct BrokerBuilder {
     config: Config,
     /// Where the configuration is from, to read it again.
     loaded: Option<Loaded>,
+    /// Of the HTTP server, if there is one.
+    tokens: Option<Arc<CurrentTokens>>,
     authenticator: Option<Arc<dyn Authenticator>>,
     authorizer: Option<Arc<dyn Authorizer>>,
 }
@@ -253,6 +255,7 @@ impl BrokerBuilder {
             reload.clone(),
             config.clone(),
             self.loaded.as_ref(),
+            self.tokens,
             access,
             tls.clone(),
             context.clone(),
@@ -313,6 +316,7 @@ impl Broker {
         BrokerBuilder {
             config,
             loaded: None,
+            tokens: None,
             authenticator: None,
             authorizer: None,
         }
@@ -461,7 +465,11 @@ async fn run_once(
     http: Option<&http::Server>,
 ) -> Result<Ended, StartError> {
     lifecycle.enter(Phase::Starting);
-    let broker = Broker::with_loaded(loaded).start().await?;
+    let builder = BrokerBuilder {
+        tokens: http.map(|http| http.tokens().clone()),
+        ..Broker::with_loaded(loaded)
+    };
+    let broker = builder.start().await?;
     let (wishes, wished) = mpsc::channel(WISHES_MAX);
     let steering = Arc::new(Steering {
         wishes,

@@ -57,9 +57,10 @@ fn client(context: &Context, peer: Peer, headers: &HeaderMap) -> SocketAddr {
 }
 
 /// Returns the name of the token.
-fn check<'c>(context: &'c Context, peer: Peer, request: &Request) -> Result<&'c str, Problem> {
-    if context.tokens.is_empty() {
-        return check_local(context, peer, request.headers());
+fn check(context: &Context, peer: Peer, request: &Request) -> Result<String, Problem> {
+    let tokens = context.tokens.get();
+    if tokens.is_empty() {
+        return check_local(context, peer, request.headers()).map(|()| String::new());
     }
     let shown = request.headers().get(header::AUTHORIZATION);
     let shown = shown
@@ -67,7 +68,7 @@ fn check<'c>(context: &'c Context, peer: Peer, request: &Request) -> Result<&'c 
         .and_then(|value| value.split_once(' '))
         .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
         .map(|(_, token)| token.trim());
-    let Some((name, scope)) = shown.and_then(|shown| context.tokens.find(shown)) else {
+    let Some((name, scope)) = shown.and_then(|shown| tokens.find(shown)) else {
         let (code, detail) = match shown {
             None => ("token_missing", "the API needs a token"),
             Some(_) => ("token_unknown", "the token is not known"),
@@ -79,7 +80,7 @@ fn check<'c>(context: &'c Context, peer: Peer, request: &Request) -> Result<&'c 
         let detail = "the token is for reading only";
         return Err(Problem::new(StatusCode::FORBIDDEN, "token_scope", detail));
     }
-    Ok(name)
+    Ok(name.to_owned())
 }
 
 fn needed_scope(method: &Method) -> Scope {
@@ -90,11 +91,7 @@ fn needed_scope(method: &Method) -> Scope {
     }
 }
 
-fn check_local(
-    context: &Context,
-    peer: Peer,
-    headers: &HeaderMap,
-) -> Result<&'static str, Problem> {
+fn check_local(context: &Context, peer: Peer, headers: &HeaderMap) -> Result<(), Problem> {
     // A proxy on this machine speaks for others, and a browser that a name was made to lead here
     // (DNS rebinding) for whatever page it shows.
     let is_forwarded = headers.contains_key("forwarded") || headers.contains_key("x-forwarded-for");
@@ -103,7 +100,7 @@ fn check_local(
         && !is_forwarded
         && headers.get(header::HOST).is_some_and(names_this_machine);
     if is_local {
-        return Ok("");
+        return Ok(());
     }
     let detail = "there are no tokens, and without any the API is for this machine only";
     Err(

@@ -48,7 +48,7 @@ use crate::net::{ListenError, Listener, ListenerConfig, ListenerKind};
 use metrics::{Observatory, Requests};
 use problem::Problem;
 use stall::WriteTimeout;
-use tokens::Tokens;
+use tokens::{CurrentTokens, Tokens};
 
 /// From the first byte of a request, or the end of the last one, to the end of its header.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -88,7 +88,7 @@ pub(crate) struct Context {
     steering: ArcSwapOption<Steering>,
     observatory: Observatory,
     requests: Requests,
-    tokens: Tokens,
+    tokens: Arc<CurrentTokens>,
     /// Whether only this machine can reach the server.
     is_local: bool,
     message_bytes_max: usize,
@@ -139,7 +139,7 @@ impl Server {
             steering: ArcSwapOption::empty(),
             observatory: Observatory::default(),
             requests: Requests::default(),
-            tokens,
+            tokens: Arc::new(CurrentTokens::new(tokens)),
             is_local,
             message_bytes_max,
             trusted_proxies: config.trusted_proxies.clone().unwrap_or_default(),
@@ -164,6 +164,11 @@ impl Server {
             stop,
             tasks,
         })
+    }
+
+    /// Those that are let in.
+    pub(crate) fn tokens(&self) -> &Arc<CurrentTokens> {
+        &self.context.tokens
     }
 
     /// Says which node there is to ask, and how to steer it, or that there is none.

@@ -8,7 +8,9 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use aws_lc_rs::{constant_time, digest, rand};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -38,6 +40,24 @@ struct Token {
 /// The tokens that are let in, by name. In the file, each is a line `NAME SCOPE sha256:HASH`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tokens(BTreeMap<String, Token>);
+
+/// Those that are let in now; the file is read again while the broker runs.
+#[derive(Debug, Default)]
+pub(crate) struct CurrentTokens(ArcSwap<Tokens>);
+
+impl CurrentTokens {
+    pub(crate) fn new(tokens: Tokens) -> Self {
+        Self(ArcSwap::from_pointee(tokens))
+    }
+
+    pub(super) fn get(&self) -> Arc<Tokens> {
+        self.0.load_full()
+    }
+
+    pub(crate) fn replace(&self, tokens: Tokens) {
+        self.0.store(Arc::new(tokens));
+    }
+}
 
 /// Why a tokens file cannot be used.
 #[derive(Debug, thiserror::Error)]

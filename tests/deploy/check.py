@@ -295,7 +295,9 @@ def metrics_exist():
     reference = ROOT / "docs/metrics.md"
     documented = set(re.findall(r"`(midge_\w+)`", reference.read_text()))
     text = (DEPLOY / "prometheus/alerts.yml").read_text() + "".join(expression for _, expression in queries())
-    used = {re.sub(r"_bucket$", "", name) for name in re.findall(r"\bmidge_\w+", text)}
+    used = set(re.findall(r"\bmidge_\w+", text))
+    histograms = set(re.findall(r"`(midge_\w+)` \| histogram", reference.read_text()))
+    documented |= {name + suffix for name in histograms for suffix in ("_bucket", "_sum", "_count")}
     require(used <= documented, f"not in docs/metrics.md: {', '.join(sorted(used - documented))}")
 
 

@@ -1,3 +1,5 @@
+use std::fs;
+
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -66,6 +68,33 @@ fn a_removed_token_is_not_known_after_the_next_start() {
 }
 
 #[test]
+fn tokens_are_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_owned();
+    let writer = make_token(&folder, "writer", "write");
+    let reader = make_token(&folder, "reader", "read");
+    let tokens = path.join("tokens");
+    let both = fs::read_to_string(&tokens).unwrap();
+    let settings = ["http.tokens_file=tokens", "reload.interval=off"];
+    let broker = Broker::start_in(folder, &settings);
+    ask(&broker, "GET", "/api/v1/version", &reader).expect(200);
+
+    fs::write(&tokens, format!("{both}no token\n")).unwrap();
+    let problem = ask(&broker, "POST", "/api/v1/reload", &writer);
+    let problem = problem.expect_problem(409, "reload_failed");
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(detail.contains("http.tokens_file: tokens:3"), "{detail}");
+    ask(&broker, "GET", "/api/v1/version", &reader).expect(200);
+
+    let others = both.lines().filter(|line| !line.starts_with("reader "));
+    let others: String = others.map(|line| format!("{line}\n")).collect();
+    fs::write(&tokens, others).unwrap();
+    ask(&broker, "POST", "/api/v1/reload", &writer).expect(200);
+    ask(&broker, "GET", "/api/v1/version", &reader).expect_problem(401, "token_unknown");
+    ask(&broker, "GET", "/api/v1/version", &writer).expect(200);
+}
+
+#[test]
 fn the_log_names_who_is_behind_a_trusted_proxy() {
     for (trusted, expected) in [("127.0.0.0/8", "203.0.113.7:0"), ("10.0.0.1", "127.0.0.1:")] {
         let folder = tempfile::tempdir().unwrap();
@@ -125,7 +154,7 @@ fn an_address_that_others_can_reach_needs_tokens_for_the_api_and_says_so() {
 #[test]
 fn a_tokens_file_that_is_wrong_is_named_with_its_line() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("tokens"), "# mine\nann\n").unwrap();
+    fs::write(folder.path().join("tokens"), "# mine\nann\n").unwrap();
 
     let mut command = midge(&folder);
     let check = ["check", "--set", "http.tokens_file=tokens"];
