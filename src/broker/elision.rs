@@ -3,9 +3,9 @@
 //! A flush is held back for a moment before it is written. Its messages of QoS 1 are on their way
 //! already to clients that are connected: here by their mailboxes, elsewhere because they are
 //! offered to the node that has the client. What a client acknowledges meanwhile is its own: it is
-//! taken out of the flush ([`Held`]). The rest is written, and who was offered something is told
-//! what of it that was: it has to remove that from the store once its client is done with it, and
-//! nothing else.
+//! taken out of the flush ([`Held`]). The rest is written and handed on like everything else, since
+//! it may have been declined too late to be heard; and who was offered something is told what of it
+//! that was: it has to remove that from the store once its client is done with it, and nothing else.
 //!
 //! Nothing rests on another node: one that does not answer, or dies, lets the moment pass.
 

@@ -493,7 +493,7 @@ impl Flusher {
         } = sealed;
         let held = self.gathering.lock().held.take();
         let (mut changes, decisions) = held.map(Held::end).unwrap_or_default();
-        // Also what was offered and not acknowledged in time: whether it was declined too late is not known.
+        // Also what was offered: whether that was declined too late is not known.
         let later = later.into_iter().filter_map(|(mailbox, place)| {
             let Change::Enqueue { chunk, .. } = &changes[place] else {
                 return None;

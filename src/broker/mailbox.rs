@@ -228,7 +228,11 @@ impl Mailbox {
             limits,
             dropped,
             state: Mutex::new(State {
-                mode: if durable { Mode::AWAY } else { Mode::LIVE },
+                mode: if durable {
+                    Mode::AWAY
+                } else {
+                    Mode::WITHOUT_INBOX
+                },
                 live: VecDeque::new(),
                 live_bytes: 0,
                 attached: false,
@@ -670,27 +674,29 @@ impl Mailbox {
 
     /// Something may be in the inbox that memory does not know of: all of it is read again.
     pub(super) fn doubt(&self) {
-        let mut state = self.state.lock();
-        if state.attached {
-            state.spill(self.session, MessageId::MIN, true);
-            let consumer = state.consumer_for_message();
-            drop(state);
-            consumer.into_iter().for_each(Waker::wake);
-        }
+        self.doubt_besides(&[]);
     }
 
     /// Whether these were taken over is not known: those that are still in the inbox are read again.
     pub(super) fn read_again(&self, ids: &[MessageId]) {
-        if ids.is_empty() {
+        if !ids.is_empty() {
+            self.doubt_besides(ids);
+        }
+    }
+
+    /// In one step: of what has been read until now, nothing counts as new.
+    fn doubt_besides(&self, forgotten: &[MessageId]) {
+        let mut state = self.state.lock();
+        if !state.attached {
             return;
         }
-        {
-            let inbox = &mut self.state.lock().inbox;
-            for id in ids {
-                inbox.forget(*id);
-            }
+        for id in forgotten {
+            state.inbox.forget(*id);
         }
-        self.doubt();
+        state.spill(self.session, MessageId::MIN, true);
+        let consumer = state.consumer_for_message();
+        drop(state);
+        consumer.into_iter().for_each(Waker::wake);
     }
 
     /// Half full: publishers do well to let the consumer catch up.
@@ -1040,8 +1046,7 @@ impl Patience {
 }
 
 impl Mode {
-    /// Of a mailbox without an inbox.
-    const LIVE: Self = Self::Live { since: 0 };
+    const WITHOUT_INBOX: Self = Self::Live { since: 0 };
 
     /// Of a mailbox that nobody takes messages out of.
     const AWAY: Self = Self::Paged {
