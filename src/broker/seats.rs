@@ -61,11 +61,15 @@ pub(super) struct Seats {
 struct Station {
     /// Who dispatches it.
     place: Option<GroupPlace>,
+    /// The incarnation whose messages its members have, also while nobody dispatches it.
+    session: Option<SessionId>,
     /// This node is about to find out, or to take it.
     is_sought: bool,
     /// By client id.
     seats: HashMap<Arc<str>, OwnSeat>,
     clients: HashMap<u64, Arc<str>>,
+    /// How many have gone that had begun to receive a message.
+    departures: u64,
 }
 
 /// A member that is connected here.
@@ -94,8 +98,11 @@ pub(super) struct SeatedMember {
 enum Errand {
     /// Find out who dispatches a group with members here, or take it.
     Seek(SubscriptionFilter),
-    /// Tell a node that dispatches a group who is here.
-    Answer { group: Arc<Group>, to: u32 },
+    /// Tell the node that dispatches a group who is here.
+    Answer {
+        group: Arc<Group>,
+        place: GroupPlace,
+    },
 }
 
 impl OwnSeat {
@@ -142,8 +149,11 @@ impl Station {
         place.is_some_and(|it| (it.session, it.node, it.epoch) == (session, node, epoch))
     }
 
-    /// What members have of an incarnation that is over is nothing.
-    fn forget_messages(&mut self) {
+    /// What members have of another incarnation is nothing: that one is over.
+    fn set_session(&mut self, session: SessionId) {
+        if self.session.replace(session) == Some(session) {
+            return;
+        }
         for seat in self.seats.values_mut() {
             seat.held.clear();
             seat.settled.clear();
@@ -225,7 +235,9 @@ impl Node {
                 self.tasks.spawn(async move {
                     match errand {
                         Errand::Seek(filter) => node.find_or_take(&cluster, &filter).await,
-                        Errand::Answer { group, to } => node.answer(&cluster, &group, to).await,
+                        Errand::Answer { group, place } => {
+                            node.answer(&cluster, &group, place).await;
+                        }
                     }
                 });
             }
@@ -277,7 +289,7 @@ impl Node {
             self.tasks
                 .spawn(async move { node.serve(&cluster, &group, place, &others).await });
         } else {
-            self.tell_seats(cluster, &group, place.node);
+            self.answer(cluster, &group, place).await;
         }
     }
 
@@ -451,15 +463,12 @@ impl Node {
             let mut additions = self.flusher.add();
             let mut stations = self.seats.stations.lock();
             let station = stations.entry(group.filter().clone()).or_default();
-            let before = station.place.replace(place);
-            match before {
-                Some(before) if before.epoch > place.epoch => {
-                    station.place = Some(before);
-                    return false;
-                }
-                Some(before) if before.session == place.session => {}
-                _ => station.forget_messages(),
+            let before = station.place;
+            if before.is_some_and(|before| before.epoch > place.epoch) {
+                return false;
             }
+            station.place = Some(place);
+            station.set_session(place.session);
             let holder = (place.node != own).then_some(place.node);
             group.mailbox().set_holder(holder);
             additions.tick();
@@ -487,35 +496,53 @@ impl Node {
         was.is_some_and(|place| place.node == self.flusher.node)
     }
 
-    /// Tells whoever dispatches a group who is here, once what is known here is durable.
-    async fn answer(&self, cluster: &Cluster, group: &Group, to: u32) {
+    /// Tells whoever dispatches a group who is here, once it can read from the store what those have
+    /// begun to receive who are not here any more.
+    async fn answer(&self, cluster: &Cluster, group: &Group, place: GroupPlace) {
         group.until_idle().await;
-        if self
-            .flusher
-            .durable(self.flusher.everything())
-            .await
-            .is_ok()
-        {
-            self.tell_seats(cluster, group, to);
+        loop {
+            let departures = {
+                let stations = self.seats.stations.lock();
+                let station = stations.get(group.filter());
+                station.map_or(0, |station| station.departures)
+            };
+            let receipt = self.flusher.everything();
+            if self.flusher.durable(receipt).await.is_err()
+                || self.tell_seats(cluster, group, place, departures)
+            {
+                return;
+            }
         }
     }
 
-    fn tell_seats(&self, cluster: &Cluster, group: &Group, to: u32) {
-        let session = group.session();
+    /// Returns `false` if somebody has gone since there were so many `departures`.
+    fn tell_seats(
+        &self,
+        cluster: &Cluster,
+        group: &Group,
+        place: GroupPlace,
+        departures: u64,
+    ) -> bool {
         let stations = self.seats.stations.lock();
-        if let Some(station) = stations.get(group.filter())
-            && let Some(place) = station.place.filter(|place| place.node == to)
-        {
-            // While they are locked: whatever becomes of them is told afterwards.
-            cluster.send(
-                to,
-                &Item::Seats {
-                    session,
-                    epoch: place.epoch,
-                    seats: station.describe_all(session),
-                },
-            );
+        let Some(station) = stations.get(group.filter()) else {
+            return true;
+        };
+        if !station.is_at(place.session, place.node, place.epoch) {
+            return true;
         }
+        if station.departures != departures {
+            return false;
+        }
+        // While they are locked: whatever becomes of them is told afterwards.
+        cluster.send(
+            place.node,
+            &Item::Seats {
+                session: place.session,
+                epoch: place.epoch,
+                seats: station.describe_all(place.session),
+            },
+        );
+        true
     }
 
     /// The members of a group that are connected here.
@@ -634,6 +661,7 @@ impl Node {
                 return;
             };
             station.clients.remove(&seat.number);
+            station.departures += u64::from(!exchanges.is_empty());
             let Some(place) = station.place else {
                 return;
             };
@@ -843,7 +871,7 @@ impl Node {
         if let Some(group) = self.learn_group(filter, session, epoch)
             && self.place_group(&group, place)
         {
-            self.send_on(Errand::Answer { group, to: from });
+            self.send_on(Errand::Answer { group, place });
         }
     }
 
@@ -949,13 +977,7 @@ impl Node {
         let Some(station) = stations.get_mut(group.filter()) else {
             return;
         };
-        if station
-            .place
-            .take_if(|place| place.session == session)
-            .is_some()
-        {
-            station.forget_messages();
-        }
+        station.place.take_if(|place| place.session == session);
         if station.is_empty() {
             stations.remove(group.filter());
         }
@@ -1000,7 +1022,9 @@ impl Node {
             };
             match place {
                 Some(place) if place.node == cluster.node() => group.ask_again(node, cluster),
-                Some(place) if place.node == node => self.tell_seats(cluster, &group, node),
+                Some(place) if place.node == node => {
+                    self.send_on(Errand::Answer { group, place });
+                }
                 _ => {}
             }
         }

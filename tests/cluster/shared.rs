@@ -232,6 +232,42 @@ async fn mqtt_4_8_2_4_an_exchange_of_qos_2_is_finished_with_its_member() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_member_has_stays_with_it_when_another_node_dispatches() {
+    for is_killed in [false, true] {
+        let redis = Redis::start();
+        let mut cluster = redis::start(3, &redis).await;
+        // Its node dispatches the group until nobody is there.
+        let first = Connect::fleeting(Version::V5, "first");
+        let first = Member::join(&mut cluster, 0, &first).await;
+        let holder = Connect::persistent(Version::V5, "holder");
+        let mut holder = Member::join(&mut cluster, 1, &holder).await;
+        first.client.disconnect().await.unwrap();
+        let mut publisher = publisher(&mut cluster, 1).await;
+        publish_all(&mut publisher, 1, 0..10).await;
+        publish_all(&mut publisher, 2, 10..20).await;
+        let mut held = Vec::new();
+        while held.len() < 20 {
+            held.push(holder.client.receive().await.unwrap());
+        }
+        let other = Connect::persistent(Version::V311, "other");
+        let mut other = Member::join(&mut cluster, 2, &other).await;
+        if is_killed {
+            cluster.node(0).kill();
+        } else {
+            assert!(cluster.node(0).terminate().success());
+        }
+
+        publish_all(&mut publisher, 1, 20..40).await;
+        receive_all(&mut [&mut holder, &mut other], (20..40).collect()).await;
+        for (packet, number) in held.into_iter().zip(0..) {
+            assert_eq!(holder.take(packet).await, Some(number));
+        }
+        holder.expect_nothing_more().await;
+        other.expect_nothing_more().await;
+    }
+}
+
 /// Messages wait for the group, wherever its members come back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_published_while_all_are_offline_waits_for_the_group() {

@@ -109,7 +109,10 @@ impl Group {
             self.take_seat(cluster.node(), &seat, node);
         }
         cluster.broadcast(&self.dispatch_item(epoch));
-        let mut goes_on = self.hear_all(cluster, epoch).await;
+        // Also what members that have just gone had begun to receive.
+        let receipt = node.flusher.everything();
+        let mut goes_on =
+            node.flusher.durable(receipt).await.is_ok() && self.hear_all(cluster, epoch).await;
         if goes_on {
             goes_on = self.bind_unfinished(node, cluster).await;
         }
