@@ -14,6 +14,7 @@ use super::flush::unix_ms;
 use super::mailbox::{Mailbox, Order};
 use super::subscriptions::Matches;
 use super::{LastTopic, Node, Publisher};
+use crate::bus::wire::Item;
 use crate::metrics::{Arrival, ListenerTotals, Source};
 use crate::mqtt::topic::{SubscribeOptions, TopicFilter};
 use crate::mqtt::{Message, ProtocolVersion, ReasonCode, SubscriptionFilter};
@@ -139,7 +140,6 @@ pub(crate) struct NodeView {
 pub(crate) enum Kicked {
     Told,
     NotConnected,
-    /// There is no such client here.
     Unknown,
 }
 
@@ -431,8 +431,39 @@ impl Node {
         self.subscriptions.matches(topic).0
     }
 
+    /// Has the connection of a client end, at whichever node.
+    ///
+    /// # Errors
+    /// `StoreError` if it cannot be read where the client is.
+    pub(crate) async fn kick(
+        &self,
+        client_id: &Arc<str>,
+        reason: ReasonCode,
+    ) -> Result<Kicked, StoreError> {
+        let here = self.kick_here(client_id, reason);
+        let (Some(cluster), false) = (&self.cluster, here == Kicked::Told) else {
+            return Ok(here);
+        };
+        let asked = ClientsAsked {
+            id: Some(client_id),
+            at_most: 1,
+            ..ClientsAsked::default()
+        };
+        let Some(row) = cluster.store.clients(asked).await?.pop() else {
+            return Ok(Kicked::Unknown);
+        };
+        match row.node.filter(|_| row.record.connected) {
+            Some(node) if node != cluster.node() => {
+                let client_id = client_id.clone();
+                cluster.send(node, &Item::Kick { client_id, reason });
+                Ok(Kicked::Told)
+            }
+            _ => Ok(Kicked::NotConnected),
+        }
+    }
+
     /// Tells a connection of this node to end.
-    pub(crate) fn kick(&self, client_id: &str, reason: ReasonCode) -> Kicked {
+    pub(super) fn kick_here(&self, client_id: &str, reason: ReasonCode) -> Kicked {
         match self.clients.see(client_id) {
             Some(Seen::Connected { mailbox, .. }) => {
                 mailbox.give(Order::Kicked(reason));

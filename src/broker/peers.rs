@@ -923,6 +923,9 @@ impl Node {
             Item::Route { reset, add, remove } => {
                 self.receive_route(from, reset, add, remove);
             }
+            Item::Kick { client_id, reason } => {
+                self.kick_here(&client_id, reason);
+            }
             Item::Figures { name, figures } => self.receive_figures(from, name, &figures),
             Item::Log(position) => cluster.follow_later(Announced::Log(position)),
             Item::Ask { number } => cluster.follow_later(Announced::Ask { from, number }),

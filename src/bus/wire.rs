@@ -3,8 +3,10 @@
 //! Integers are big-endian; `text` and `bytes` are a `u32` length and that many bytes; a list is
 //! a `u32` count and its members. A message is the `bytes` of [`Message::as_bytes`].
 //!
-//! A frame is a header, then items and signals one after the other, each with a `u8` before it
-//! that says what it is:
+//! A frame is a header, then items and signals one after the other, each as `bytes` that begin with
+//! a `u8` that says what it is. What a node does not know it skips, and what follows the fields that
+//! it knows: nodes of a version and of the next one understand each other, as long as the older
+//! ones can do without what is new.
 //!
 //! | at | header |
 //! |---|---|
@@ -22,7 +24,7 @@ use bytes::{BufMut, Bytes};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::metrics::Traffic;
-use crate::mqtt::{Message, PacketId, QoS, SubscriptionFilter};
+use crate::mqtt::{Message, PacketId, QoS, ReasonCode, SubscriptionFilter};
 use crate::store::{Chunk, Entry, LogPosition, MessageId, SessionId};
 
 /// Raised when an older midge could no longer read what this one sends.
@@ -57,6 +59,7 @@ const UNSEAT: u8 = 19;
 const GIVE: u8 = 20;
 const SETTLED: u8 = 21;
 const FIGURES: u8 = 22;
+const KICK: u8 = 23;
 const RING: u8 = 64;
 const WANT_MARK: u8 = 128;
 const BEAT: u8 = 129;
@@ -154,6 +157,11 @@ pub(crate) enum Item {
         reset: bool,
         add: Vec<SubscriptionFilter>,
         remove: Vec<SubscriptionFilter>,
+    },
+    /// Ends the connection of a client, if it is at the receiver.
+    Kick {
+        client_id: Arc<str>,
+        reason: ReasonCode,
     },
     /// What a node has counted, for `$SYS`.
     Figures { name: Arc<str>, figures: Vec<u64> },
@@ -350,7 +358,7 @@ impl Frame {
         };
         let mut contents = Vec::new();
         while !reader.0.is_empty() {
-            contents.push(reader.content()?);
+            contents.extend(Reader(reader.bytes()?).content()?);
         }
         Some((header, contents))
     }
@@ -373,9 +381,11 @@ impl Item {
             Self::Decline { .. } | Self::Acknowledge { .. } | Self::Decide { .. } => {
                 Traffic::Elision
             }
-            Self::Own { .. } | Self::OwnAck { .. } | Self::Taken { .. } | Self::Disown { .. } => {
-                Traffic::Session
-            }
+            Self::Own { .. }
+            | Self::OwnAck { .. }
+            | Self::Taken { .. }
+            | Self::Disown { .. }
+            | Self::Kick { .. } => Traffic::Session,
             Self::Dispatch { .. }
             | Self::Seats { .. }
             | Self::Seat { .. }
@@ -389,6 +399,10 @@ impl Item {
     }
 
     pub(crate) fn put(&self, to: &mut Vec<u8>) {
+        put_sized(to, |to| self.put_fields(to));
+    }
+
+    fn put_fields(&self, to: &mut Vec<u8>) {
         match self {
             Self::Deliver { session, chunk } => {
                 to.put_u8(DELIVER);
@@ -460,6 +474,11 @@ impl Item {
                         put_bytes(to, filter.to_string().as_bytes());
                     }
                 }
+            }
+            Self::Kick { client_id, reason } => {
+                to.put_u8(KICK);
+                put_bytes(to, client_id.as_bytes());
+                to.put_u8(*reason as u8);
             }
             Self::Figures { name, figures } => {
                 to.put_u8(FIGURES);
@@ -577,6 +596,10 @@ impl Item {
 
 impl Signal {
     pub(crate) fn put(&self, to: &mut Vec<u8>) {
+        put_sized(to, |to| self.put_fields(to));
+    }
+
+    fn put_fields(&self, to: &mut Vec<u8>) {
         match self {
             Self::WantMark { hlc } => {
                 to.put_u8(WANT_MARK);
@@ -677,13 +700,28 @@ fn put_message_id(to: &mut Vec<u8>, id: MessageId) {
     to.put_u16(id.index);
 }
 
+/// As `bytes`, whatever `put` adds.
+fn put_sized(to: &mut Vec<u8>, put: impl FnOnce(&mut Vec<u8>)) {
+    let at = to.len();
+    put_length(to, 0);
+    let begin = to.len();
+    put(to);
+    let length = to.len() - begin;
+    to[at..begin].copy_from_slice(&length_bytes(length));
+}
+
 fn put_bytes(to: &mut Vec<u8>, bytes: &[u8]) {
     put_length(to, bytes.len());
     to.put_slice(bytes);
 }
 
 fn put_length(to: &mut Vec<u8>, length: usize) {
-    to.put_u32(u32::try_from(length).expect("no packet has 4 GiB"));
+    to.put_slice(&length_bytes(length));
+}
+
+fn length_bytes(length: usize) -> [u8; 4] {
+    let length = u32::try_from(length).expect("no packet has 4 GiB");
+    length.to_be_bytes()
 }
 
 fn flag(bit: u8, set: bool) -> u8 {
@@ -817,7 +855,8 @@ impl<'a> Reader<'a> {
         Some((stream, self.u64()?, self.u64()?))
     }
 
-    fn content(&mut self) -> Option<Content> {
+    /// Nothing in it if it is of a later version.
+    fn content(&mut self) -> Option<Option<Content>> {
         let item = match self.u8()? {
             DELIVER => Item::Deliver {
                 session: self.session()?,
@@ -865,6 +904,10 @@ impl<'a> Reader<'a> {
                 reset: self.u8()? != 0,
                 add: self.list(Self::filter)?,
                 remove: self.list(Self::filter)?,
+            },
+            KICK => Item::Kick {
+                client_id: self.text()?.into(),
+                reason: ReasonCode::from_byte(self.u8()?)?,
             },
             FIGURES => Item::Figures {
                 name: self.text()?.into(),
@@ -932,13 +975,13 @@ impl<'a> Reader<'a> {
             RING => Item::Ring {
                 session: self.session()?,
             },
-            kind => return self.signal(kind).map(Content::Signal),
+            kind => return self.signal(kind),
         };
-        Some(Content::Item(item))
+        Some(Some(Content::Item(item)))
     }
 
-    fn signal(&mut self, kind: u8) -> Option<Signal> {
-        Some(match kind {
+    fn signal(&mut self, kind: u8) -> Option<Option<Content>> {
+        let signal = match kind {
             WANT_MARK => Signal::WantMark { hlc: self.u64()? },
             BEAT => Signal::Beat {
                 sent: self.list(|reader| Some((reader.u32()?, reader.u64()?)))?,
@@ -959,8 +1002,9 @@ impl<'a> Reader<'a> {
                     last,
                 }
             }
-            _ => return None,
-        })
+            _ => return Some(None),
+        };
+        Some(Some(Content::Signal(signal)))
     }
 }
 
@@ -1166,6 +1210,10 @@ mod tests {
             }),
             (any::<u32>(), any::<u64>())
                 .prop_map(|(node, entry)| Item::Log(LogPosition { node, entry })),
+            client_id().prop_map(|client_id| Item::Kick {
+                client_id,
+                reason: ReasonCode::ServerMoved,
+            }),
             (".{0,9}", vec(any::<u64>(), 0..4)).prop_map(|(name, figures)| Item::Figures {
                 name: name.into(),
                 figures,
@@ -1275,6 +1323,30 @@ mod tests {
                 version: 9
             }
         );
+    }
+
+    #[test]
+    fn what_a_later_version_adds_is_skipped() {
+        let header = Header {
+            from: 7,
+            stream: Stream::Direct,
+            sequence: 1,
+            stamp: Stamp::default(),
+        };
+        let mut frame = begin();
+        put_sized(&mut frame, |to| to.put_slice(&[u8::MAX, 1, 2, 3]));
+        put_sized(&mut frame, |to| {
+            Item::Ask { number: 5 }.put_fields(to);
+            to.put_u64(6);
+        });
+        Signal::WantMark { hlc: 9 }.put(&mut frame);
+
+        let contents = Frame::read(&seal(frame, header)).unwrap().contents;
+        let expected = [
+            Content::Item(Item::Ask { number: 5 }),
+            Content::Signal(Signal::WantMark { hlc: 9 }),
+        ];
+        assert_eq!(contents, expected);
     }
 
     proptest! {

@@ -153,12 +153,12 @@ pub(super) async fn show(
     }))
 }
 
-/// Ends the connection of a client. Its session stays, and its Will is published.
+/// Ends the connection of a client, at whichever node. Its session stays, and its Will is published.
 #[utoipa::path(delete, path = "/clients/{client_id}", tag = "clients", operation_id = "disconnect_client",
     params(("client_id" = String, Path), KickParameters), responses(
     (status = 204, description = "The client is being told."),
     (status = 409, body = Problem, content_type = "application/problem+json",
-        description = "It is not connected, or to another node."),
+        description = "It is not connected."),
     (status = "4XX", body = Problem, content_type = "application/problem+json",
         description = "The request is wrong, or not allowed."),
     (status = 503, body = Problem, content_type = "application/problem+json",
@@ -175,22 +175,15 @@ pub(super) async fn kick(
             Problem::invalid("reason_code should be one of DISCONNECT's from 0x80 on, such as 0x98")
         })?,
     };
-    let node = context.node()?;
-    match node.kick(&client_id, reason) {
-        Kicked::Told => return Ok(StatusCode::NO_CONTENT),
-        Kicked::NotConnected | Kicked::Unknown => {}
+    match context.node()?.kick(&client_id.into(), reason).await? {
+        Kicked::Told => Ok(StatusCode::NO_CONTENT),
+        Kicked::NotConnected => Err(Problem::new(
+            StatusCode::CONFLICT,
+            "not_connected",
+            "the client is not connected",
+        )),
+        Kicked::Unknown => Err(no_such_client()),
     }
-    let found = node.client(&client_id.into()).await?;
-    let (view, _) = found.ok_or_else(no_such_client)?;
-    let conflict = |code, detail: String| Problem::new(StatusCode::CONFLICT, code, detail);
-    Err(match view.node.filter(|_| view.connected) {
-        Some(at) => conflict(
-            "client_at_other_node",
-            format!("the client is connected to the node `{at}`"),
-        )
-        .hint("ask that node to end the connection"),
-        None => conflict("not_connected", "the client is not connected".to_owned()),
-    })
 }
 
 fn no_such_client() -> Problem {
