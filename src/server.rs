@@ -650,7 +650,7 @@ async fn open_bus(config: &Config, store: &MongoStore) -> Result<Arc<dyn Bus>, S
     let Some(location) = url.and_then(|url| Location::parse(url.secret())) else {
         return Ok(mongodb);
     };
-    let redis = RedisBus::new(location, &store.cluster().await?, node);
+    let redis = RedisBus::new(location, store.cluster(), node);
     Ok(Arc::new(FallbackBus::new(node, redis, mongodb)))
 }
 

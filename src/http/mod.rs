@@ -16,6 +16,14 @@ mod stall;
 mod time;
 pub(crate) mod tokens;
 
+/// What this program was made of.
+mod build {
+    pub(super) const VERSION: &str = env!("CARGO_PKG_VERSION");
+    /// The commit, or `unknown`.
+    pub(super) const REVISION: &str = env!("MIDGE_REVISION");
+    pub(super) const RUST: &str = env!("MIDGE_RUST_VERSION");
+}
+
 use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};

@@ -8,8 +8,8 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::broker::inspect::{NodeView, StoreHealth};
-use crate::http::Context;
 use crate::http::problem::Problem;
+use crate::http::{Context, build};
 use crate::store::mongodb::NodeState;
 
 /// What runs here.
@@ -17,6 +17,10 @@ use crate::store::mongodb::NodeState;
 pub(super) struct Version {
     name: &'static str,
     version: &'static str,
+    /// The commit that it was made of, or `unknown`.
+    revision: &'static str,
+    /// Of the compiler.
+    rust_version: &'static str,
 }
 
 /// The cluster, as this node sees it.
@@ -64,7 +68,9 @@ pub(super) struct Nodes {
 pub(super) async fn version() -> Json<Version> {
     Json(Version {
         name: "midge",
-        version: env!("CARGO_PKG_VERSION"),
+        version: build::VERSION,
+        revision: build::REVISION,
+        rust_version: build::RUST,
     })
 }
 

@@ -47,10 +47,10 @@ macro_rules! families {
 
 families! {
     "The node" {
-        BUILD_INFO: Gauge "midge_build_info" ["version", "mode"]
-            "The version of midge and the kind of its store; always 1.";
-        NODE_INFO: Gauge "midge_node_info" ["node"]
-            "The name of this node; always 1.";
+        BUILD_INFO: Gauge "midge_build_info" ["version", "revision", "rust_version", "mode"]
+            "What this midge was made of, and the kind of its store; always 1.";
+        NODE_INFO: Gauge "midge_node_info" ["node", "cluster"]
+            "The name of this node, and of its cluster if it has one: the database and what tells it from others of that name; always 1.";
         NODE_STATE: Gauge "midge_node_state" ["state"]
             "Where this node stands: 1 for the state that it is in, 0 for the others.";
         CONFIG_RELOAD_SUCCESSFUL: Gauge "midge_config_last_reload_successful" []

@@ -18,8 +18,8 @@ use tokio::time::{Instant, timeout};
 
 use self::families as f;
 use self::text::{Exposition, Format};
-use super::Context;
 use super::health::Status;
+use super::{Context, build};
 use crate::broker::Node;
 use crate::broker::inspect::{Census, StoreHealth};
 use crate::lifecycle::Steering;
@@ -93,10 +93,9 @@ pub(super) async fn metrics(State(context): State<Arc<Context>>, headers: Header
     let mut exposition = Exposition::new(format);
     let (node, steering) = (context.node.load_full(), context.steering.load_full());
     let mode = node.as_ref().map_or("none", |node| node.store_kind());
-    let version = env!("CARGO_PKG_VERSION");
     exposition
         .family(&f::BUILD_INFO)
-        .sample(&[version, mode], 1);
+        .sample(&[build::VERSION, build::REVISION, build::RUST, mode], 1);
     let mut states = exposition.family(&f::NODE_STATE);
     let status = context.health().status;
     for state in Status::ALL {
@@ -139,7 +138,10 @@ struct Page<'a> {
 impl Page<'_> {
     fn write_node(&mut self) {
         let node = self.node;
-        self.out.family(&f::NODE_INFO).sample(&[&node.name], 1);
+        let cluster = node.cluster.as_ref().map(|cluster| cluster.store.cluster());
+        self.out
+            .family(&f::NODE_INFO)
+            .sample(&[&node.name, cluster.unwrap_or_default()], 1);
         let reload = self.steering.reload.last();
         let is_successful = reload.is_none_or(|last| last.is_successful);
         let succeeded_at = reload.and_then(|last| last.succeeded_at);

@@ -96,6 +96,7 @@ pub(crate) struct MongoStore {
     timeout: Duration,
     node: u32,
     name: Arc<str>,
+    cluster: String,
     held: Arc<HeldSessions>,
     #[expect(
         clippy::disallowed_types,
@@ -151,6 +152,7 @@ impl MongoStore {
         let session = session.map_err(unusable)?;
         let node = nodes::new_number(&commands).await?;
         Ok(Arc::new(Self {
+            cluster: schema::cluster_name(&commands).await?,
             transactions: Arc::new(Transactions::new(session).into()),
             commands,
             timeout: options.timeout,
@@ -168,11 +170,8 @@ impl MongoStore {
     }
 
     /// A name that no other cluster has, whatever server and database it uses.
-    ///
-    /// # Errors
-    /// `StoreError` if it cannot be had now.
-    pub(crate) async fn cluster(&self) -> Result<String, StoreError> {
-        schema::cluster_name(&self.commands).await
+    pub(crate) fn cluster(&self) -> &str {
+        &self.cluster
     }
 
     /// This node, for as long as its process runs; no other has ever had this number.
