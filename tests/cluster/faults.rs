@@ -103,13 +103,15 @@ impl Fault {
 }
 
 impl Stage {
-    /// Chosen by the seed: one member or three, with Redis or without it.
+    /// Chosen by the seed: one member or three, with Redis or without it, with write elision or without;
+    /// with both in any case if `MIDGE_TEST_ELISION` is set.
     async fn set(seed: &mut Seed) -> Self {
         let members = [1, 3][usize::from(seed.percent(50))];
         let set = ReplicaSet::start(members).await;
         let database = Database::on(set.uri());
-        let redis = seed.percent(60).then(Redis::start);
-        let elides = redis.is_some() && seed.percent(40);
+        let must_elide = env::var_os("MIDGE_TEST_ELISION").is_some();
+        let redis = (seed.percent(60) || must_elide).then(Redis::start);
+        let elides = redis.is_some() && (seed.percent(40) || must_elide);
         let mut mongodb_proxies = Vec::new();
         let mut redis_proxies = Vec::new();
         let mut settings = Vec::new();
@@ -172,6 +174,8 @@ impl Stage {
             let longest = [3_000, 9_000][usize::from(seed.percent(10))];
             self.wait(Duration::from_millis(seed.between(50, longest)))
                 .await;
+            // A node that is to start again needs MongoDB.
+            together.sort_by_key(|fault| fault.collides(Fault::NodeIsKilled(0)));
             for fault in &together {
                 self.end(*fault).await;
             }
