@@ -201,7 +201,7 @@ impl Node {
         chunk: &Chunk,
     ) {
         let key = chunk.key;
-        let mut undecided = self.peers.undecided.lock();
+        let mut undecided = self.undecided.lock();
         let offered = undecided.entry(from).or_default();
         if !offered.declined.contains(&session)
             && let Some(mailbox) = self.shared.mailbox(session)
@@ -240,7 +240,7 @@ impl Node {
     }
 
     fn decide(&self, from: u32, is_written: impl Fn((SessionId, MessageId)) -> bool) {
-        let undecided = self.peers.undecided.lock().remove(&from);
+        let undecided = self.undecided.lock().remove(&from);
         let Some(undecided) = undecided else {
             return;
         };

@@ -17,8 +17,8 @@ use tokio::time::Instant;
 
 use super::Node;
 use super::elision::{self, Decisions, Held, Places, TakenOver, take_out};
+use super::follow::{Known, MissedChunk};
 use super::mailbox::{Admission, Mailbox};
-use super::peers::{Known, MissedChunk};
 use super::trim::Overfull;
 use crate::bus::wire::{Header, Item, Stamp};
 use crate::cluster::link::Clock;

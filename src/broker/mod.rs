@@ -9,6 +9,7 @@ pub(crate) mod clients;
 pub(crate) mod consumer;
 pub(crate) mod elision;
 pub(crate) mod flush;
+mod follow;
 pub(crate) mod group;
 pub(crate) mod inspect;
 pub(crate) mod mailbox;
@@ -20,6 +21,7 @@ pub(crate) mod sessions;
 mod shared;
 pub(crate) mod subscriptions;
 pub(crate) mod sys;
+mod takeover;
 pub(crate) mod trim;
 pub(crate) mod wills;
 
@@ -40,16 +42,18 @@ use crate::session::Origin;
 use crate::store::{Change, Retained, SessionId, Store};
 use clients::Clients;
 use consumer::{Consumer, Inbox};
+use elision::Undecided;
 use flush::{Flusher, Matched, Receipt, Unstored};
+use follow::Followed;
 use group::Group;
 use mailbox::{Mailbox, MailboxLimits};
-use peers::Peers;
 use retained::RetainedMessages;
 use routes::Routes;
 use seats::Seats;
 use sessions::Deadlines;
 use shared::SharedSessions;
 use subscriptions::{Matches, Subscriptions};
+use takeover::Takeovers;
 
 /// What the operator lets this node keep.
 #[derive(Clone, Debug)]
@@ -73,7 +77,9 @@ pub(crate) struct Node {
     /// Set if the store is shared with other nodes.
     pub(crate) cluster: Option<Arc<Cluster>>,
     shared: SharedSessions,
-    peers: Peers,
+    takeovers: Takeovers,
+    followed: Followed,
+    undecided: Mutex<Undecided>,
     routes: Routes,
     seats: Seats,
     pub(crate) clients: Clients,
@@ -141,7 +147,9 @@ impl Node {
             store,
             cluster,
             shared: SharedSessions::default(),
-            peers: Peers::default(),
+            takeovers: Takeovers::default(),
+            followed: Followed::default(),
+            undecided: Mutex::default(),
             routes: Routes::default(),
             seats: Seats::default(),
             clients: Clients::new(),

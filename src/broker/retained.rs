@@ -6,12 +6,16 @@ use std::fmt;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use parking_lot::RwLock;
 
+use super::Node;
+use crate::metrics::Operation;
 use crate::mqtt::topic::TopicFilter;
-use crate::store::Retained;
 use crate::store::mongodb::RetainedRange;
+use crate::store::{Retained, StoreError};
 
 /// All retained messages, by topic.
 #[derive(Default)]
@@ -34,6 +38,9 @@ pub(crate) struct RetainedWalk {
 fn counts(topic: &str) -> bool {
     !topic.starts_with("$SYS/")
 }
+
+/// How long to wait after the store could not be read.
+const READ_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// Topics that one step of a walk looks at before others may write.
 const STEP_TOPICS: usize = 512;
@@ -226,5 +233,31 @@ impl fmt::Debug for RetainedMessages {
         f.debug_struct("RetainedMessages")
             .field("count", &self.count())
             .finish_non_exhaustive()
+    }
+}
+
+impl Node {
+    /// Begins to read what a walk has to look at in the store, if there is anything. It is tried until
+    /// the store is available.
+    pub(crate) fn read_retained(
+        &self,
+        walk: &mut RetainedWalk,
+        at_most: usize,
+    ) -> Option<BoxFuture<'static, Result<Vec<Retained>, StoreError>>> {
+        let cluster = self.cluster.clone()?;
+        let range = walk.next_in_store(at_most)?;
+        let measured = self.totals.store.clone();
+        Some(Box::pin(async move {
+            loop {
+                let reading = cluster.store.read_retained(range.clone());
+                match measured.measure(Operation::ReadRetained, reading).await {
+                    Err(error) if error.may_pass() => {
+                        tokio::time::sleep(READ_AGAIN_AFTER).await;
+                        measured.retries.of(Operation::ReadRetained).inc();
+                    }
+                    read => return read,
+                }
+            }
+        }))
     }
 }
