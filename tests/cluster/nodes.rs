@@ -7,6 +7,7 @@ use crate::client::Client;
 use crate::mongod::{Database, ReplicaSet};
 use crate::node::{Cluster, Settings};
 use crate::proxy::Proxy;
+use crate::redis::{self, Redis};
 use crate::seed::Seed;
 use crate::wire::{Connect, DISCONNECT, Packet, Publish, Version, Will};
 use crate::workload::{Size, Workload};
@@ -269,12 +270,22 @@ async fn what_was_in_flight_comes_again_with_dup_at_another_node() {
     assert_eq!((message.text(), message.dup), ("2", false));
 }
 
-/// Scenario 22: whatever is published anywhere after SUBACK comes, also to a session that ends with
-/// its connection, and also with QoS 0. `MIDGE_TEST_ROUNDS` says how often it is tried.
+/// Scenario 22.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_subscription_holds_everywhere_once_it_is_acknowledged() {
+    let redis = Redis::start();
+    subscribe_and_publish_elsewhere(redis::start(3, &redis).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_holds_everywhere_without_redis() {
+    subscribe_and_publish_elsewhere(start(3, &Database::shared()).await).await;
+}
+
+/// Whatever is published anywhere after SUBACK comes, also to a session that ends with its connection,
+/// and also with QoS 0. `MIDGE_TEST_ROUNDS` says how often it is tried.
+async fn subscribe_and_publish_elsewhere(mut cluster: Cluster) {
     let rounds = env::var("MIDGE_TEST_ROUNDS").map_or(300, |rounds| rounds.parse().unwrap());
-    let mut cluster = start(3, &Database::shared()).await;
     let mut publishers = Vec::new();
     for node in 0..3 {
         let publisher = Connect::fleeting(Version::V5, &format!("publisher-{node}"));
