@@ -5,15 +5,15 @@ use std::process::Command;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-env-changed=MIDGE_REVISION");
+    println!("cargo::rerun-if-env-changed=BUILD_REVISION");
     let rustc = std::env::var("RUSTC").unwrap_or_default();
     let rust_version = first_line(Command::new(rustc).arg("--version"));
     // rustc 1.95.0 (59807616e 2026-04-14)
     let rust_version = rust_version.and_then(|line| Some(line.split(' ').nth(1)?.to_owned()));
-    let revision = std::env::var("MIDGE_REVISION").ok().or_else(checked_out);
+    let revision = std::env::var("BUILD_REVISION").ok().or_else(checked_out);
     for (name, value) in [
-        ("MIDGE_RUST_VERSION", rust_version),
-        ("MIDGE_REVISION", revision),
+        ("BUILD_RUST_VERSION", rust_version),
+        ("BUILD_REVISION", revision),
     ] {
         let value = value.unwrap_or_else(|| "unknown".to_owned());
         println!("cargo::rustc-env={name}={value}");

@@ -20,8 +20,8 @@ pub(crate) mod tokens;
 mod build {
     pub(super) const VERSION: &str = env!("CARGO_PKG_VERSION");
     /// The commit, or `unknown`.
-    pub(super) const REVISION: &str = env!("MIDGE_REVISION");
-    pub(super) const RUST: &str = env!("MIDGE_RUST_VERSION");
+    pub(super) const REVISION: &str = env!("BUILD_REVISION");
+    pub(super) const RUST: &str = env!("BUILD_RUST_VERSION");
 }
 
 use std::collections::HashMap;

@@ -3,6 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -131,8 +132,26 @@ impl World {
                 subscriber
             });
         }
-        let settled = timeout(DEADLINE, settling.join_all()).await;
-        settled.unwrap_or_else(|_| panic!("not everything arrives: {:?}", self.progress()))
+        let settled = self.while_something_comes(DEADLINE, settling.join_all());
+        let settled = settled.await;
+        settled.unwrap_or_else(|| panic!("not everything arrives: {:?}", self.progress()))
+    }
+
+    /// What `future` comes to; `None` once nothing has been received for so long.
+    async fn while_something_comes<F: Future>(
+        &self,
+        long: Duration,
+        future: F,
+    ) -> Option<F::Output> {
+        let mut future = pin!(future);
+        loop {
+            let received = self.progress().received;
+            match timeout(long, &mut future).await {
+                Ok(output) => return Some(output),
+                Err(_) if self.progress().received == received => return None,
+                Err(_) => {}
+            }
+        }
     }
 
     /// Like [`World::settle`], with many brokers: a mark that one of them takes may overtake what
@@ -148,7 +167,8 @@ impl World {
             .map(|subscriber| subscriber.start(self, stop.subscribe()))
             .collect();
         // What is missing then is what the check reports.
-        let _ = timeout(CLUSTER_DEADLINE, self.wait_for_missing(&names)).await;
+        let missing = self.wait_for_missing(&names);
+        let _ = self.while_something_comes(CLUSTER_DEADLINE, missing).await;
         stop.send_replace(true);
         let mut subscribers = Vec::new();
         for subscriber in receiving {
