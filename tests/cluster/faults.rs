@@ -161,7 +161,11 @@ impl Stage {
         while left > 0 {
             let mut together = vec![self.choose(seed)];
             let second = self.choose(seed);
-            if seed.percent(25) && !second.collides(together[0]) {
+            // A node that is told to stop waits for MongoDB and Redis: for minutes, if they are away.
+            let stops = |fault| matches!(fault, Fault::NodeIsStopped(_));
+            let may_coincide =
+                !second.collides(together[0]) && !stops(second) && !stops(together[0]);
+            if seed.percent(25) && may_coincide {
                 together.push(second);
             }
             for fault in &together {
