@@ -180,7 +180,7 @@ impl BrokerBuilder {
             }
             OpenedStore::Own(_) => None,
         };
-        let node = Arc::new(Node::new(
+        let node = Node::new(
             config.node.name.as_str().into(),
             node_limits(&config),
             authorizer,
@@ -188,7 +188,8 @@ impl BrokerBuilder {
             flusher,
             joining.as_ref().map(|joining| joining.cluster.clone()),
             totals,
-        ));
+        );
+        let node = Arc::new(node.in_zone(config.node.zone.as_deref().unwrap_or_default()));
         node.restore(stored);
         let (fail, failed) = watch::channel(None);
         let tasks = TaskTracker::new();

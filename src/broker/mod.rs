@@ -70,6 +70,7 @@ pub(crate) struct NodeLimits {
 /// This node.
 pub(crate) struct Node {
     pub(crate) name: Arc<str>,
+    pub(crate) zone: Arc<str>,
     pub(crate) limits: NodeLimits,
     pub(crate) authorizer: Arc<dyn Authorizer>,
     pub(crate) flusher: Arc<Flusher>,
@@ -141,6 +142,7 @@ impl Node {
     ) -> Self {
         Self {
             name,
+            zone: Arc::default(),
             limits,
             authorizer,
             flusher,
@@ -164,6 +166,11 @@ impl Node {
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
         }
+    }
+
+    pub(crate) fn in_zone(self, zone: &str) -> Self {
+        let zone = zone.into();
+        Self { zone, ..self }
     }
 
     /// Hands a message to everybody who wants it, and to the flush what must be durable before it

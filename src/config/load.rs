@@ -102,10 +102,11 @@ impl Loaded {
     }
 
     /// A few digits that nodes with the same settings have in common: of a hash of all that is in effect
-    /// but passwords, the name of the node, and its addresses.
+    /// but passwords, the name and zone of the node, and its addresses.
     pub(crate) fn fingerprint(values: &BTreeMap<String, String>) -> String {
         let is_own = |key: &str| {
             key == "node.name"
+                || key == "node.zone"
                 || key == "http.bind"
                 || (key.starts_with("listeners.") && key.ends_with(".bind"))
         };
@@ -702,6 +703,12 @@ impl Draft {
             "node.name",
             name_fits,
             "at most 255 bytes, without `/`, `+` and `#`",
+        );
+        let zone_fits = |zone: &String| zone.len() <= 255 && !zone.contains(char::is_control);
+        check(
+            "node.zone",
+            node.zone.iter().all(zone_fits),
+            "at most 255 bytes",
         );
         let database_fits = store.database.len() <= 63
             && !store

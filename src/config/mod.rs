@@ -105,6 +105,8 @@ section! {
     pub struct Node {
         /// How logs, `$SYS` topics and metrics call this broker. Default: the name of the host.
         pub name: String = host_name(),
+        /// Where this broker is, such as an availability zone: a label of `midge_node_info`.
+        pub zone: Option<String> = None,
     }
 }
 

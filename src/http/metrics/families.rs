@@ -49,8 +49,8 @@ families! {
     "The node" {
         BUILD_INFO: Gauge "midge_build_info" ["version", "revision", "rust_version", "mode"]
             "What this midge was made of, and the kind of its store; always 1.";
-        NODE_INFO: Gauge "midge_node_info" ["node", "cluster"]
-            "The name of this node, and of its cluster if it has one: the database and what tells it from others of that name; always 1.";
+        NODE_INFO: Gauge "midge_node_info" ["node", "cluster", "zone"]
+            "The name of this node, its cluster if it has one (the database and what tells it from others of that name), and node.zone; always 1.";
         NODE_STATE: Gauge "midge_node_state" ["state"]
             "Where this node stands: 1 for the state that it is in, 0 for the others.";
         CONFIG_RELOAD_SUCCESSFUL: Gauge "midge_config_last_reload_successful" []
@@ -58,7 +58,7 @@ families! {
         CONFIG_RELOAD_TIMESTAMP: Gauge "midge_config_last_reload_success_timestamp_seconds" []
             "Unix time at which the files in effect were read.";
         CONFIG_INFO: Gauge "midge_config_info" ["sha256"]
-            "The first digits of a hash of the settings in effect, without passwords, node.name and the addresses that are bound: nodes that differ have different settings. Always 1.";
+            "The first digits of a hash of the settings in effect, without passwords, node.name, node.zone and the addresses that are bound: nodes that differ have different settings. Always 1.";
         OVERLOAD_LEVEL: Gauge "midge_overload_level" []
             "0 if there is memory enough, 1 if new connections are paced, 2 if publishers are, 3 if nobody is let in.";
         MEMORY_LIMIT: Gauge "midge_memory_limit_bytes" []

@@ -141,7 +141,7 @@ impl Page<'_> {
         let cluster = node.cluster.as_ref().map(|cluster| cluster.store.cluster());
         self.out
             .family(&f::NODE_INFO)
-            .sample(&[&node.name, cluster.unwrap_or_default()], 1);
+            .sample(&[&node.name, cluster.unwrap_or_default(), &node.zone], 1);
         let reload = self.steering.reload.last();
         let is_successful = reload.is_none_or(|last| last.is_successful);
         let succeeded_at = reload.and_then(|last| last.succeeded_at);
