@@ -15,6 +15,7 @@ use super::mailbox::{Mailbox, Order};
 use super::subscriptions::Matches;
 use super::{LastTopic, Node, Publisher};
 use crate::bus::wire::Item;
+use crate::cluster::Cluster;
 use crate::metrics::{Arrival, ListenerTotals, Source};
 use crate::mqtt::topic::{SubscribeOptions, TopicFilter};
 use crate::mqtt::{Message, ProtocolVersion, ReasonCode, SubscriptionFilter};
@@ -182,6 +183,16 @@ impl ClientsFilter {
             && self.after.as_deref().is_none_or(|after| client_id > after)
             && self.id.admits(client_id)
     }
+}
+
+/// What the store says of a client.
+async fn client_row(cluster: &Cluster, client_id: &str) -> Result<Option<ClientRow>, StoreError> {
+    let asked = ClientsAsked {
+        id: Some(client_id),
+        at_most: 1,
+        ..ClientsAsked::default()
+    };
+    Ok(cluster.store.clients(asked).await?.pop())
 }
 
 impl Node {
@@ -377,12 +388,7 @@ impl Node {
             let view = self.own_client(client_id);
             return Ok(view.map(|view| (view, self.own_subscriptions(client_id))));
         };
-        let asked = ClientsAsked {
-            id: Some(client_id),
-            at_most: 1,
-            ..ClientsAsked::default()
-        };
-        let Some(mut row) = cluster.store.clients(asked).await?.pop() else {
+        let Some(mut row) = client_row(cluster, client_id).await? else {
             return Ok(None);
         };
         let stored = std::mem::take(&mut row.subscriptions);
@@ -441,15 +447,10 @@ impl Node {
         reason: ReasonCode,
     ) -> Result<Kicked, StoreError> {
         let here = self.kick_here(client_id, reason);
-        let (Some(cluster), false) = (&self.cluster, here == Kicked::Told) else {
+        let Some(cluster) = self.cluster.as_ref().filter(|_| here != Kicked::Told) else {
             return Ok(here);
         };
-        let asked = ClientsAsked {
-            id: Some(client_id),
-            at_most: 1,
-            ..ClientsAsked::default()
-        };
-        let Some(row) = cluster.store.clients(asked).await?.pop() else {
+        let Some(row) = client_row(cluster, client_id).await? else {
             return Ok(Kicked::Unknown);
         };
         match row.node.filter(|_| row.record.connected) {

@@ -1,4 +1,4 @@
-//! Frames, byte by byte: version 1.
+//! Frames, byte by byte: version 2.
 //!
 //! Integers are big-endian; `text` and `bytes` are a `u32` length and that many bytes; a list is
 //! a `u32` count and its members. A message is the `bytes` of [`Message::as_bytes`].
@@ -28,7 +28,7 @@ use crate::mqtt::{Message, PacketId, QoS, ReasonCode, SubscriptionFilter};
 use crate::store::{Chunk, Entry, LogPosition, MessageId, SessionId};
 
 /// Raised when an older midge could no longer read what this one sends.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// Bytes at the beginning of a frame that [`seal`] fills in.
 pub(crate) const HEADER_BYTES: usize = 38;

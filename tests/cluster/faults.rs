@@ -133,6 +133,8 @@ impl Stage {
                 let elides = elides.to_string();
                 of_node.push(("store.write_elision".to_owned(), elides));
             }
+            // While MongoDB is away a node that is told to stop waits for all of it.
+            of_node.push(("drain.deadline".to_owned(), "20s".to_owned()));
             settings.push(of_node);
         }
         eprintln!(
@@ -161,11 +163,7 @@ impl Stage {
         while left > 0 {
             let mut together = vec![self.choose(seed)];
             let second = self.choose(seed);
-            // A node that is told to stop waits for MongoDB and Redis: for minutes, if they are away.
-            let stops = |fault| matches!(fault, Fault::NodeIsStopped(_));
-            let may_coincide =
-                !second.collides(together[0]) && !stops(second) && !stops(together[0]);
-            if seed.percent(25) && may_coincide {
+            if seed.percent(25) && !second.collides(together[0]) {
                 together.push(second);
             }
             for fault in &together {
