@@ -10,6 +10,7 @@ use std::time::Duration;
 use bson::raw::{CString, RawArrayBuf, RawDocument, RawDocumentBuf};
 use bson::{Binary, Bson, Document, RawBson, Timestamp, cstr, rawdoc, spec::BinarySubtype};
 use futures_util::StreamExt;
+use futures_util::future::try_join_all;
 use mongodb::error::{
     Error, ErrorKind, RETRYABLE_WRITE_ERROR, TRANSIENT_TRANSACTION_ERROR,
     UNKNOWN_TRANSACTION_COMMIT_RESULT, WriteFailure,
@@ -23,6 +24,11 @@ use crate::store::StoreError;
 const COMMAND_BYTES_MAX: usize = 8 << 20;
 /// Documents or statements in one command: more would only hold up others.
 const COMMAND_ITEMS_MAX: usize = 1000;
+/// Commands that a write of many items is divided into: the server works on each with a thread of its
+/// own, and does not sync before all of them have come.
+const COMMANDS_AT_ONCE: usize = 4;
+/// Items that are not divided: each command costs the server something as well.
+const SHARE_MIN: usize = 64;
 /// A document that is larger than this would not fit into a command.
 pub(super) const DOCUMENT_BYTES_MAX: usize = 16 << 20;
 /// Documents read at a time where all of them are wanted.
@@ -77,7 +83,7 @@ pub(super) enum Failure {
 }
 
 /// The answer to a command that writes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Outcome {
     /// How many documents matched or were made.
     pub(super) matched: i64,
@@ -119,6 +125,33 @@ impl Commands {
     pub(super) async fn write(&self, command: RawDocumentBuf) -> Result<Outcome, StoreError> {
         let answer = self.run(command).await.map_err(StoreError::from)?;
         self.outcome(&answer).map_err(StoreError::from)
+    }
+
+    /// Writes all `items`, in no order and by several commands at the same time, until a majority has
+    /// them. What comes of it is as if it had been one command.
+    pub(super) async fn write_at_once(
+        &self,
+        verb: Verb,
+        collection: &str,
+        items: &[impl AsRef<RawDocument>],
+    ) -> Result<Outcome, StoreError> {
+        let share = items.len().div_ceil(COMMANDS_AT_ONCE).max(SHARE_MIN);
+        let mut commands = Vec::new();
+        for (number, items) in items.chunks(share).enumerate() {
+            for batch in write_commands(verb, collection, items, Concern::Majority) {
+                let first = number * share + batch.first;
+                let written = self.write(batch.command);
+                commands.push(async move { written.await.map(|outcome| (first, outcome)) });
+            }
+        }
+        let mut all = Outcome::default();
+        for (first, outcome) in try_join_all(commands).await? {
+            all.matched += outcome.matched;
+            let duplicates = outcome.duplicates.iter();
+            all.duplicates.extend(duplicates.map(|index| first + index));
+            all.time = all.time.max(outcome.time);
+        }
+        Ok(all)
     }
 
     /// Runs a write in the transaction of `session`: all of it, or nothing.
@@ -443,7 +476,7 @@ pub(super) struct WriteCommand {
 pub(super) fn write_commands(
     verb: Verb,
     collection: &str,
-    items: impl IntoIterator<Item = RawDocumentBuf>,
+    items: impl IntoIterator<Item = impl AsRef<RawDocument>>,
     concern: Concern,
 ) -> Vec<WriteCommand> {
     let (name, list) = match verb {
@@ -458,12 +491,12 @@ pub(super) fn write_commands(
         let mut batch = RawArrayBuf::new();
         let (mut bytes, mut count) = (0, 0);
         while let Some(item) = items.next_if(|item| {
-            count == 0
-                || count < COMMAND_ITEMS_MAX && bytes + item.as_bytes().len() <= COMMAND_BYTES_MAX
+            let with_item = bytes + item.as_ref().as_bytes().len();
+            count == 0 || count < COMMAND_ITEMS_MAX && with_item <= COMMAND_BYTES_MAX
         }) {
-            bytes += item.as_bytes().len();
+            bytes += item.as_ref().as_bytes().len();
             count += 1;
-            batch.push(item);
+            batch.push(item.as_ref());
         }
         let mut command = RawDocumentBuf::new();
         command.append(name, collection);

@@ -142,6 +142,11 @@ impl Fields {
         self.put(cstr!("h"), Some(record.clock.cast_signed()));
     }
 
+    /// A document that has nothing else.
+    pub(super) fn into_document(self) -> RawDocumentBuf {
+        self.set
+    }
+
     /// The update, which changes nothing else.
     pub(super) fn into_update(self) -> RawDocumentBuf {
         let mut update = RawDocumentBuf::new();
@@ -171,6 +176,10 @@ pub(super) struct SessionDocument {
     /// Absent if only leftovers are left.
     pub(super) record: Option<SessionRecord>,
     pub(super) subscriptions: Vec<StoredSubscription>,
+    /// Where its client is connected, or was last.
+    pub(super) node: Option<u32>,
+    /// How often the session was changed.
+    pub(super) changes: u64,
     /// The CONNECT that took it last.
     pub(super) token: Option<SessionId>,
     pub(super) previous: Option<Previous>,
@@ -261,6 +270,8 @@ impl SessionDocument {
             epoch: fields.long("e")?.cast_unsigned(),
             record,
             subscriptions,
+            node: fields.optional_node("n")?,
+            changes: fields.optional_long("sv")?.unwrap_or(0).cast_unsigned(),
             token: fields.session("ct")?,
             previous,
             leftovers,

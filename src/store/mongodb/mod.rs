@@ -18,6 +18,7 @@ mod import;
 mod log;
 mod nodes;
 mod open;
+mod resume;
 mod retained;
 mod schema;
 mod write;

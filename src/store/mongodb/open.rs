@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bson::raw::{RawDocument, RawDocumentBuf};
-use bson::{RawBson, cstr, rawdoc};
+use bson::{RawBson, Timestamp, cstr, rawdoc};
 use hashbrown::{HashMap, HashSet};
 
 use super::MongoStore;
@@ -81,11 +81,11 @@ pub(crate) struct Leftover {
 }
 
 impl OpenRequest {
-    fn is_stored(&self) -> bool {
+    pub(super) fn is_stored(&self) -> bool {
         self.durable || self.will.is_some()
     }
 
-    fn key(&self) -> Arc<str> {
+    pub(super) fn key(&self) -> Arc<str> {
         key_of(&self.owner)
     }
 
@@ -177,7 +177,7 @@ impl OpenRequest {
     }
 
     /// What is opened if nothing is stored.
-    fn fresh_record(&self) -> SessionRecord {
+    pub(super) fn fresh_record(&self) -> SessionRecord {
         SessionRecord {
             owner: self.owner.clone(),
             session: self.new_session,
@@ -203,8 +203,7 @@ impl MongoStore {
         &self,
         requests: Vec<OpenRequest>,
     ) -> Result<Vec<Option<OpenedSession>>, StoreError> {
-        let mut documents = HashMap::new();
-        let mut waiting: Vec<_> = requests.iter().collect();
+        let (mut documents, mut waiting) = self.take_simple(&requests).await?;
         for _ in 0..ATTEMPTS {
             if waiting.is_empty() {
                 break;
@@ -218,18 +217,7 @@ impl MongoStore {
                 let refused_here = outcome.duplicates.iter();
                 refused.extend(refused_here.map(|index| waiting[batch.first + index]));
             }
-            for some in waiting.chunks(SESSIONS_MAX) {
-                let keys = some.iter().map(|request| request.key());
-                let query = rawdoc! { "_id": { "$in": array(keys.map(|key| key.to_string())) } };
-                let read = |document: &RawDocument| {
-                    let document = SessionDocument::read(document)?;
-                    documents.insert(document.key.clone(), document);
-                    Ok(())
-                };
-                self.commands
-                    .for_each(Query::new(SESSIONS, query).after(time), read)
-                    .await?;
-            }
+            self.read_sessions(&waiting, time, &mut documents).await?;
             // Its key was taken by another insert at the same moment, or by itself, before its
             // answer was lost.
             waiting = refused;
@@ -254,6 +242,28 @@ impl MongoStore {
         self.load_exchanges(present.map(|opened| &mut opened.session))
             .await?;
         Ok(opened)
+    }
+
+    /// Adds the documents of these clients, as they were at `time` or later.
+    pub(super) async fn read_sessions(
+        &self,
+        requests: &[&OpenRequest],
+        time: Option<Timestamp>,
+        documents: &mut HashMap<Arc<str>, SessionDocument>,
+    ) -> Result<(), StoreError> {
+        for some in requests.chunks(SESSIONS_MAX) {
+            let keys = some.iter().map(|request| request.key());
+            let query = rawdoc! { "_id": { "$in": array(keys.map(|key| key.to_string())) } };
+            let read = |document: &RawDocument| {
+                let document = SessionDocument::read(document)?;
+                documents.insert(document.key.clone(), document);
+                Ok(())
+            };
+            self.commands
+                .for_each(Query::new(SESSIONS, query).after(time), read)
+                .await?;
+        }
+        Ok(())
     }
 
     fn opened(&self, request: &OpenRequest, document: SessionDocument) -> OpenedSession {

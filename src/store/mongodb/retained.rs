@@ -7,11 +7,10 @@ use std::time::Duration;
 
 use bson::raw::RawDocumentBuf;
 use bson::{DateTime, RawBson, Timestamp, cstr, rawdoc};
-use futures_util::future::try_join_all;
 use hashbrown::{HashMap, HashSet};
 
 use super::MongoStore;
-use super::commands::{Concern, Query, Verb, WriteCommand, binary, update, write_commands};
+use super::commands::{Query, Verb, binary, update};
 use super::documents::{RETAINED, date, message_id_value, read_retained};
 use crate::store::{MessageId, Retained, StoreError, format};
 
@@ -117,33 +116,24 @@ impl MongoStore {
         &self,
         states: &[State<'a>],
     ) -> Result<(Option<Timestamp>, Vec<State<'a>>), StoreError> {
-        let documents = states.iter().map(insertion);
-        let batches = write_commands(Verb::Insert, RETAINED, documents, Concern::Majority);
-        let inserted = batches.into_iter().map(|batch| async move {
-            let outcome = self.commands.write(batch.command).await?;
-            let taken = outcome.duplicates.iter();
-            let taken: Vec<_> = taken.map(|index| states[batch.first + index]).collect();
-            Ok::<_, StoreError>((outcome.time, taken))
-        });
-        let (times, taken): (Vec<_>, Vec<_>) = try_join_all(inserted).await?.into_iter().unzip();
-        Ok((times.into_iter().max().flatten(), taken.concat()))
+        let documents: Vec<_> = states.iter().map(insertion).collect();
+        let inserted = self
+            .commands
+            .write_at_once(Verb::Insert, RETAINED, &documents);
+        let inserted = inserted.await?;
+        let taken = inserted.duplicates.iter().map(|place| states[*place]);
+        Ok((inserted.time, taken.collect()))
     }
 
     async fn replace_retained(
         &self,
         states: &[State<'_>],
     ) -> Result<Option<Timestamp>, StoreError> {
-        let statements = states.iter().map(replacement);
-        let batches = write_commands(Verb::Update, RETAINED, statements, Concern::Majority);
-        let written = batches
-            .into_iter()
-            .map(|WriteCommand { command, .. }| self.commands.write(command));
-        let outcomes = try_join_all(written).await?;
-        Ok(outcomes
-            .into_iter()
-            .map(|outcome| outcome.time)
-            .max()
-            .flatten())
+        let statements: Vec<_> = states.iter().map(replacement).collect();
+        let written = self
+            .commands
+            .write_at_once(Verb::Update, RETAINED, &statements);
+        Ok(written.await?.time)
     }
 
     /// Reads retained messages, but none that has expired or was cleared.

@@ -209,6 +209,56 @@ async fn many_clients_connect_at_two_nodes_at_once() {
 }
 
 #[tokio::test]
+async fn many_clients_come_back_at_two_nodes_at_once() {
+    let fixture = MongoFixture::new().await;
+    let other = fixture.another_node().await;
+    let requests = |offset: u32| {
+        let each = (0..300).map(|number| request(&format!("{number}"), session(offset + number)));
+        each.collect::<Vec<_>>()
+    };
+    let first = fixture.store.open(requests(0)).await.unwrap();
+    let in_an_hour = bson::DateTime::now().timestamp_millis() + 3_600_000;
+    let left = first.iter().flatten();
+    let left = left.map(|opened| offline(opened, in_an_hour.try_into().unwrap()));
+    written(&fixture.store, left).await;
+
+    let (here, there) = tokio::join!(
+        fixture.store.open(requests(1000)),
+        other.open(requests(2000))
+    );
+    for ((first, here), there) in first.iter().zip(here.unwrap()).zip(there.unwrap()) {
+        let first = first.as_ref().unwrap();
+        let mut epoch = first.epoch;
+        let mut taken: Vec<_> = [here, there].into_iter().flatten().collect();
+        taken.sort_by_key(|opened| opened.epoch);
+        for opened in &taken {
+            assert!(opened.present);
+            assert_eq!(opened.session.record, first.session.record);
+            assert!(opened.previous_epoch >= epoch && opened.previous_epoch < opened.epoch);
+            epoch = opened.epoch;
+        }
+        assert_eq!(epoch, first.epoch + 2);
+    }
+}
+
+#[tokio::test]
+async fn session_with_a_will_goes_on_without_it() {
+    let fixture = MongoFixture::new().await;
+    let with_will = OpenRequest {
+        will: Some(will("will", 5)),
+        ..request("client", session(1))
+    };
+    open(&fixture.store, with_will).await;
+
+    let opened = open(&fixture.store, request("client", session(2))).await;
+    assert!(opened.present);
+    assert!(opened.leftovers.is_empty());
+    assert_eq!(opened.session.record.will, None);
+    let stored = load(&*fixture.store).await;
+    assert_eq!(stored.sessions[0].record.will, None);
+}
+
+#[tokio::test]
 async fn clean_start_ends_the_session_before() {
     let fixture = MongoFixture::new().await;
     open(&fixture.store, request("client", session(1))).await;

@@ -14,7 +14,6 @@ use std::time::Duration;
 
 use bson::raw::{CString, RawDocumentBuf};
 use bson::{Timestamp, cstr, rawdoc};
-use futures_util::future::try_join_all;
 use hashbrown::HashMap;
 use mongodb::ClientSession;
 use mongodb::error::UNKNOWN_TRANSACTION_COMMIT_RESULT;
@@ -212,13 +211,12 @@ impl MongoStore {
         }
         // What is lost with the primary would only be delivered again, marked as a duplicate. But
         // whoever reads afterwards waits for the majority, and that comes sooner if it is asked for.
-        let removed = write_commands(Verb::Delete, INBOX, removed, Concern::Majority);
-        let shortened = write_commands(Verb::Update, INBOX, shortened, Concern::Majority);
-        let others = removed.into_iter().chain(shortened);
-        let others = try_join_all(others.map(|batch| self.commands.write(batch.command)));
-        let (inserted, others) = tokio::try_join!(self.insert_chunks(&put), others)?;
-        let times = others.into_iter().map(|outcome| outcome.time);
-        Ok(times.chain([inserted]).max().flatten())
+        let (inserted, shortened, removed) = tokio::try_join!(
+            self.insert_chunks(&put),
+            self.commands.write_at_once(Verb::Update, INBOX, &shortened),
+            self.commands.write_at_once(Verb::Delete, INBOX, &removed),
+        )?;
+        Ok(inserted.max(shortened.time).max(removed.time))
     }
 
     /// Adds chunks, and replaces those that are there already.
@@ -229,30 +227,20 @@ impl MongoStore {
         let documents = chunks
             .iter()
             .map(|(session, chunk)| chunk_document(*session, chunk));
-        let inserts = write_commands(Verb::Insert, INBOX, documents, Concern::Majority);
-        let outcomes = inserts.into_iter().map(|batch| async move {
-            let outcome = self.commands.write(batch.command).await?;
-            Ok::<_, StoreError>((batch.first, outcome))
-        });
-        let outcomes = try_join_all(outcomes).await?;
-        if !outcomes.is_empty() {
+        let documents: Vec<_> = documents.collect();
+        let inserted = self.commands.write_at_once(Verb::Insert, INBOX, &documents);
+        let inserted = inserted.await?;
+        if !chunks.is_empty() {
             failpoint::reach("after_insert");
         }
-        let mut time = outcomes
-            .iter()
-            .map(|(_, outcome)| outcome.time)
-            .max()
-            .flatten();
-        let taken = outcomes.iter().flat_map(|(first, outcome)| {
-            let taken = outcome.duplicates.iter();
-            taken.map(move |index| chunks[first + index])
-        });
+        let taken = inserted.duplicates.iter().map(|place| chunks[*place]);
         // One that was there and is not any more has been delivered: it is not made again.
         let replacements = taken.map(|(session, chunk)| shorten(session, chunk));
-        for batch in write_commands(Verb::Update, INBOX, replacements, Concern::Majority) {
-            time = time.max(self.commands.write(batch.command).await?.time);
-        }
-        Ok(time)
+        let replacements: Vec<_> = replacements.collect();
+        let replaced = self
+            .commands
+            .write_at_once(Verb::Update, INBOX, &replacements);
+        Ok(inserted.time.max(replaced.await?.time))
     }
 
     /// Writes all of `batch` or nothing, but leaves out what belongs to sessions that are lost, and
