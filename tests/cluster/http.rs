@@ -28,10 +28,10 @@ pub(crate) fn ask(address: SocketAddr, method: &str, path: &str) -> io::Result<(
     Ok((head[9..12].parse().unwrap(), body.to_owned()))
 }
 
-async fn wait_for_lbz(address: SocketAddr, status: u16) {
+pub(crate) async fn wait_for_status(address: SocketAddr, path: &str, status: u16) {
     let end = Instant::now() + DEADLINE;
-    while ask(address, "GET", "/lbz").unwrap().0 != status {
-        assert!(Instant::now() < end, "/lbz does not become {status}");
+    while ask(address, "GET", path).unwrap().0 != status {
+        assert!(Instant::now() < end, "{path} does not become {status}");
         sleep(POLL_PAUSE).await;
     }
 }
@@ -56,7 +56,7 @@ async fn any_node_tells_of_the_whole_cluster() {
     }
     let http = [0, 1].map(|node| cluster.node(node).http_address());
     for address in http {
-        wait_for_lbz(address, 200).await;
+        wait_for_status(address, "/lbz", 200).await;
     }
 
     for address in http {
@@ -107,7 +107,7 @@ async fn a_node_of_a_cluster_has_metrics_of_the_bus_and_of_its_peers() {
     let mut cluster = Cluster::start(vec![database.settings(), database.settings()]).await;
     let http = [0, 1].map(|node| cluster.node(node).http_address());
     for address in http {
-        wait_for_lbz(address, 200).await;
+        wait_for_status(address, "/lbz", 200).await;
     }
     let address = cluster.node(1).address();
     let _client = Client::connect(address, &Connect::persistent(Version::V5, "a")).await;
@@ -168,7 +168,7 @@ async fn a_node_without_mongodb_is_alive_and_asks_for_no_new_clients() {
     let mut set = ReplicaSet::start(1).await;
     let mut cluster = Cluster::start(vec![Database::on(set.uri()).settings()]).await;
     let http = cluster.node(0).http_address();
-    wait_for_lbz(http, 200).await;
+    wait_for_status(http, "/lbz", 200).await;
 
     let address = cluster.node(0).address();
     let mut client = Client::connect(address, &Connect::persistent(Version::V5, "a")).await;
@@ -181,7 +181,7 @@ async fn a_node_without_mongodb_is_alive_and_asks_for_no_new_clients() {
     };
     client.send(&publish.encode(Version::V5)).await.unwrap();
     wait_for_at_least(http, "midge_store_retries_total{operation=\"write\"}", 1.0).await;
-    wait_for_lbz(http, 404).await;
+    wait_for_status(http, "/lbz", 404).await;
     assert_eq!(ask(http, "GET", "/livez").unwrap().0, 200);
     let (status, body) = ask(http, "GET", "/readyz").unwrap();
     assert_eq!(status, 503);

@@ -48,6 +48,7 @@ mod http;
 mod moves;
 mod nodes;
 mod one_node;
+mod outage;
 mod redis;
 mod replica_set;
 mod shared;

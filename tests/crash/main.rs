@@ -16,6 +16,7 @@
 
 mod broker;
 #[path = "../support/client.rs"]
+#[allow(dead_code, reason = "the cluster tests use the rest")]
 mod client;
 #[path = "../support/history.rs"]
 mod history;

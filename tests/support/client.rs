@@ -23,6 +23,21 @@ impl Client {
     /// # Errors
     /// When the broker is gone, or closes the connection instead; a refusal is an error, too.
     pub(crate) async fn try_connect(address: SocketAddr, connect: &Connect) -> io::Result<Self> {
+        match Self::ask_for_connection(address, connect).await? {
+            (client, 0) => Ok(client),
+            (_, reason) => Err(io::Error::other(format!("CONNACK {reason:#x}"))),
+        }
+    }
+
+    /// Connects where it is refused; returns the reason.
+    pub(crate) async fn refusal(address: SocketAddr, connect: &Connect) -> u8 {
+        let asked = Self::ask_for_connection(address, connect).await;
+        let (_, reason) = asked.unwrap();
+        assert_ne!(reason, 0, "it is let in");
+        reason
+    }
+
+    async fn ask_for_connection(address: SocketAddr, connect: &Connect) -> io::Result<(Self, u8)> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         let mut client = Self {
@@ -32,14 +47,15 @@ impl Client {
             session_present: false,
         };
         client.send(&connect.encode()).await?;
-        match client.receive().await? {
-            Packet::ConnAck {
-                session_present,
-                reason: 0,
-            } => client.session_present = session_present,
-            other => return Err(io::Error::other(format!("no CONNACK but {other:?}"))),
-        }
-        Ok(client)
+        let Packet::ConnAck {
+            session_present,
+            reason,
+        } = client.receive().await?
+        else {
+            return Err(io::Error::other("no CONNACK"));
+        };
+        client.session_present = session_present;
+        Ok((client, reason))
     }
 
     pub(crate) async fn connect(address: SocketAddr, connect: &Connect) -> Self {
