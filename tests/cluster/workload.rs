@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use crate::client::Client;
 use crate::history::{Event, Message, Stream};
 use crate::seed::Seed;
-use crate::traffic::{Progress, Publisher, Server, Subscriber, World};
+use crate::traffic::{Lead, Progress, Publisher, Server, Subscriber, World};
 use crate::wire::{Connect, Version, Will};
 
 /// How much there is to do.
@@ -22,9 +22,13 @@ pub(crate) struct Size {
     pub(crate) messages: u32,
     /// Clients with a Will.
     pub(crate) mortals: u16,
-    /// Publishers go on after that, until [`Workload::finish`].
+    /// Publishers go on after that, until [`Workload::finish`], but wait for subscribers.
     pub(crate) goes_on: bool,
 }
+
+/// Messages of a workload that goes on which a subscriber is behind at most, on average: what is left
+/// at the end arrives in the time that [`World::settle_cluster`] gives it.
+const LEAD: u64 = 10_000;
 
 impl Size {
     /// For a test that takes seconds.
@@ -89,6 +93,10 @@ impl Workload {
             let publisher = Publisher {
                 stay: u32::try_from(seed.between(50, 300)).unwrap(),
                 stop: Some(enough.subscribe()),
+                lead: size.goes_on.then_some(Lead {
+                    subscribers: u64::from(size.subscribers),
+                    messages: LEAD,
+                }),
                 ..Publisher::new(number, version(number), messages)
             };
             publisher.start(&world)

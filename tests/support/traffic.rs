@@ -40,6 +40,9 @@ const GROUP_DEADLINE: Duration = Duration::from_secs(10);
 /// What a client that was not let in leaves to others.
 const RETRY_PAUSE: Duration = Duration::from_millis(5);
 
+/// What a subscriber that has nothing to receive lets pass before it sends PINGREQ.
+const SILENCE: Duration = Duration::from_secs(20);
+
 /// Bounds the wait for what a cluster has to find, such as the Wills of a node that was killed.
 const CLUSTER_DEADLINE: Duration = Duration::from_secs(40);
 
@@ -303,6 +306,22 @@ pub(crate) struct Publisher {
     pub(crate) stay: u32,
     /// Ends it before it has published everything.
     pub(crate) stop: Option<watch::Receiver<bool>>,
+    /// Makes it wait for subscribers.
+    pub(crate) lead: Option<Lead>,
+}
+
+/// How far subscribers may be behind before publishers wait for them.
+#[derive(Clone, Copy)]
+pub(crate) struct Lead {
+    pub(crate) subscribers: u64,
+    /// To each of them, on average.
+    pub(crate) messages: u64,
+}
+
+impl Lead {
+    fn is_used_up(self, progress: Progress) -> bool {
+        progress.acknowledged > progress.received / self.subscribers + self.messages
+    }
 }
 
 struct Exchange {
@@ -324,6 +343,7 @@ impl Publisher {
             window: 40,
             stay: u32::MAX,
             stop: None,
+            lead: None,
         }
     }
 
@@ -354,6 +374,26 @@ impl Publisher {
         };
         let is_over = self.stop.as_ref().is_some_and(|stop| *stop.borrow());
         (sequence < self.messages && !is_over).then_some(Message { stream, sequence })
+    }
+
+    fn is_ahead(&self, progress: Progress) -> bool {
+        self.lead.is_some_and(|lead| lead.is_used_up(progress))
+    }
+
+    /// Until it is not ahead any more, or may stop.
+    async fn wait_for_subscribers(&self, world: &World) {
+        let mut stop = self.stop.clone();
+        let stopped = async {
+            match &mut stop {
+                Some(stop) => drop(stop.wait_for(|stop| *stop).await),
+                None => std::future::pending().await,
+            }
+        };
+        let mut progress = world.progress.subscribe();
+        tokio::select! {
+            _ = progress.wait_for(|now| !self.is_ahead(*now)) => {}
+            () = stopped => {}
+        }
     }
 
     fn encode(&self, exchange: &Exchange, dup: bool) -> Vec<u8> {
@@ -399,6 +439,7 @@ impl Publisher {
         }
         loop {
             while exchanges.len() < self.window
+                && !self.is_ahead(world.progress())
                 && let Some(message) = self.message(*next)
             {
                 let is_free = |id: &u16| exchanges.iter().all(|one| one.packet_id != *id);
@@ -415,7 +456,11 @@ impl Publisher {
                 *next += 1;
             }
             if exchanges.is_empty() {
-                return client.disconnect().await;
+                if self.message(*next).is_none() {
+                    return client.disconnect().await;
+                }
+                self.wait_for_subscribers(world).await;
+                continue;
             }
             if answers_left == 0 {
                 return Err(io::Error::other("it goes elsewhere"));
@@ -498,7 +543,7 @@ pub(crate) enum Got {
         mark: u32,
         qos: u8,
     },
-    /// A packet that carries on a QoS 2 exchange.
+    /// A packet that carries on a QoS 2 exchange, or PINGRESP.
     Other,
 }
 
@@ -593,7 +638,13 @@ impl Subscriber {
             None => {
                 self.flush().await?;
                 let (client, _) = self.connection.as_mut().expect("it was opened");
-                client.receive().await?
+                match timeout(SILENCE, client.receive()).await {
+                    Ok(packet) => packet?,
+                    Err(_) => {
+                        client.send(&PINGREQ).await?;
+                        client.receive().await?
+                    }
+                }
             }
         };
         self.take(world, run, packet, acknowledge)
@@ -613,6 +664,7 @@ impl Subscriber {
                 self.output.extend(Answer::PubComp.encode(packet_id));
                 Ok(Got::Other)
             }
+            Packet::PingResp => Ok(Got::Other),
             other => Err(io::Error::other(format!("{other:?}"))),
         }
     }
