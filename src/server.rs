@@ -220,7 +220,7 @@ impl BrokerBuilder {
                 error = writer.flusher.run(&writer) => error,
                 () = written.cancelled() => return,
             };
-            tracing::error!(event = "store_failed", %error, "nothing is acknowledged any more");
+            log_failure(&error);
             fail.send_replace(Some(error));
         });
         let trimming = node.clone();
@@ -719,7 +719,7 @@ impl Joining {
             let (cluster, node) = (beating, beaten);
             tokio::select! {
                 error = cluster.run(&node, announced) => {
-                    tracing::error!(event = "fenced", %error);
+                    log_failure(&error);
                     node.flusher.fail(&error);
                     fail.send_replace(Some(error));
                 }
@@ -728,6 +728,16 @@ impl Joining {
         });
         node.until_greeted(&cluster).await;
         Ok(())
+    }
+}
+
+/// Whether it is the flush or the heartbeat that finds out.
+fn log_failure(error: &StoreError) {
+    match error {
+        StoreError::Fenced => tracing::error!(event = "fenced", %error),
+        _ => {
+            tracing::error!(event = "store_failed", %error, "nothing is acknowledged any more");
+        }
     }
 }
 

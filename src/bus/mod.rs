@@ -77,7 +77,7 @@ pub(crate) enum BusError {
     #[error("bus: not available: {0}")]
     Unavailable(String),
     #[error(
-        "bus: the collection {0} is not capped; stop all nodes and drop it, midge makes it anew"
+        "bus: the collection {0} is not midge's; it needs a database of its own (store.database)"
     )]
-    NotCapped(String),
+    NotOurs(String),
 }

@@ -67,7 +67,7 @@ impl MongoBus {
     /// Makes the collection if it is not there; one that is keeps its size.
     ///
     /// # Errors
-    /// `BusError` if it cannot be made or is not capped.
+    /// `BusError` if it cannot be made, or is not capped and holds something else than frames.
     pub(crate) async fn open(
         database: &Database,
         node: u32,
@@ -80,7 +80,7 @@ impl MongoBus {
             .await;
         match created {
             Err(error) if is_command_error(&error, NAMESPACE_EXISTS) => {
-                require_capped(database).await?;
+                see_that_it_is_capped(database, capped_bytes).await?;
             }
             other => other?,
         }
@@ -271,19 +271,30 @@ fn read_document(document: &RawDocument) -> Option<(ObjectId, &[u8])> {
     Some((id, frame.bytes))
 }
 
-async fn require_capped(database: &Database) -> Result<(), BusError> {
+/// A collection with frames that is not capped was made by a node that sent some just after the
+/// database had been dropped. One with anything else is not ours.
+async fn see_that_it_is_capped(database: &Database, capped_bytes: u64) -> Result<(), BusError> {
     let mut collections = database
         .list_collections()
         .filter(doc! { "name": COLLECTION })
         .await?;
     while let Some(collection) = collections.next().await {
-        if collection?.options.capped != Some(true) {
-            return Err(BusError::NotCapped(format!(
-                "{}.{COLLECTION}",
-                database.name()
-            )));
+        if collection?.options.capped == Some(true) {
+            return Ok(());
         }
     }
+    let is_no_frame = doc! { "$or": [
+        { "to": { "$not": { "$type": "long" } } },
+        { "f": { "$not": { "$type": "binData" } } },
+    ] };
+    let collection = database.collection::<RawDocumentBuf>(COLLECTION);
+    if collection.find_one(is_no_frame).await?.is_some() {
+        let name = format!("{}.{COLLECTION}", database.name());
+        return Err(BusError::NotOurs(name));
+    }
+    let bytes = i64::try_from(capped_bytes).unwrap_or(i64::MAX);
+    let convert = doc! { "convertToCapped": COLLECTION, "size": bytes };
+    database.run_command(convert).await?;
     Ok(())
 }
 
@@ -381,16 +392,32 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_collection_that_is_not_capped_is_refused() {
+    async fn a_collection_of_somebody_else_is_refused() {
         let mongod = Mongod::shared().await;
         let database = mongod.database().await;
-        database.create_collection(COLLECTION).await.unwrap();
+        let theirs = database.collection(COLLECTION);
+        theirs.insert_one(doc! { "line": 7 }).await.unwrap();
 
         let refused = MongoBus::open(&database, 1, MEBIBYTE).await.unwrap_err();
-        let BusError::NotCapped(collection) = refused else {
+        let BusError::NotOurs(collection) = refused else {
             panic!("{refused}");
         };
         assert_eq!(collection, format!("{}.{COLLECTION}", database.name()));
+        mongod.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_collection_that_an_insert_made_becomes_a_bus() {
+        let mongod = Mongod::shared().await;
+        let database = mongod.database().await;
+        let inserted = document(ObjectId::new(), 2, b"frame");
+        let made = database.collection::<RawDocumentBuf>(COLLECTION);
+        made.insert_one(inserted).await.unwrap();
+
+        let bus = MongoBus::open(&database, 1, MEBIBYTE).await.unwrap();
+        let mut frames = bus.subscribe().await.unwrap();
+        bus.send(to(Destination::All, 0..10)).await.unwrap();
+        assert_eq!(take(&mut frames, 10).await, numbered(0..10));
         mongod.end().await;
     }
 }

@@ -143,3 +143,38 @@ async fn nodes_wait_while_the_disk_is_full_and_while_they_have_no_rights() {
         assert_eq!(received, [1, 2]);
     }
 }
+
+/// Scenario 36: what was in the database is gone with it, but nothing is acknowledged that is nowhere, and the
+/// nodes make it anew and serve.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_database_is_dropped_while_nodes_run() {
+    let database = Database::shared();
+    let mut cluster = start(2, &database).await;
+    let subscriber = Connect::persistent(Version::V5, "subscriber");
+    let mut before = Client::connect(cluster.node(1).address(), &subscriber).await;
+    before.subscribe("news", 1).await.unwrap();
+    let publisher = Connect::persistent(Version::V5, "publisher");
+    let mut publisher = Client::connect(cluster.node(0).address(), &publisher).await;
+    let publish = Publish {
+        packet_id: 1,
+        ..Publish::new("news", "1", 1)
+    };
+    publisher.publish(&publish).await.unwrap();
+
+    database.remove().await;
+    publisher.send(&publish.encode(Version::V5)).await.unwrap();
+    while let Ok(packet) = publisher.receive().await {
+        assert!(!matches!(packet, Packet::Answer(..)), "acknowledged");
+    }
+    for node in 0..2 {
+        cluster.node(node).wait_until_anew();
+    }
+
+    let mut after = Client::connect(cluster.node(1).address(), &subscriber).await;
+    assert!(!after.session_present);
+    after.subscribe("news", 1).await.unwrap();
+    let publisher = Connect::fleeting(Version::V5, "publisher");
+    let mut publisher = Client::connect(cluster.node(0).address(), &publisher).await;
+    publisher.publish(&publish).await.unwrap();
+    assert_eq!(after.message().await.unwrap().text(), "1");
+}

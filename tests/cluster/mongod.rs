@@ -363,6 +363,12 @@ impl Database {
         documents.count_documents(doc! {}).await.unwrap()
     }
 
+    /// Drops it, with all that is in it.
+    pub(crate) async fn remove(&self) {
+        let client = Client::with_uri_str(&self.uri).await.unwrap();
+        client.database(&self.name).drop().await.unwrap();
+    }
+
     /// The same database for a client that the server knows by this name.
     pub(crate) fn named(&self, client: &str) -> Self {
         Self {

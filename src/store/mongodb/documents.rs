@@ -5,7 +5,7 @@
 //! | collection | document |
 //! |---|---|
 //! | `meta` | `_id: "schema"`, `version` · `_id: "nid"`, `n`: the last node id · `_id: "import"`, `filling`: while another store is [copied](mod@super::import) into it |
-//! | `nodes` | `_id`: node id, `name`, `st`: [`NodeState`](super::NodeState), `hb`: last heartbeat, `hbn`: how many, `hr`: reserved clock value, `k`: last entry of its log, `ls`: the server session of its transactions |
+//! | `nodes` | `_id`: node id, `name`, `st`: [`NodeState`](super::NodeState), `hb`: last heartbeat, `hbn`: how many, `hr`: reserved clock value, `k`: last entry of its log, `ls`: the server session of its transactions, which only one run of a node has |
 //! | `sessions` | `_id`: [`key_of`] the owner, `sid`, `e`: epoch, `n`: node of the connection, `c`: connected, `v`: version, `exp`: expiry interval, `ends`, `will` ([`will_value`]), `wd`: its delay, `willdue`, `due`: the earlier of both, `h`: the clock value when it was saved, `s`: subscriptions by [`subscription_field`], `sv`: how often it was changed, `ct`: the CONNECT that took it last, `pv`: what it was before that, `og`: [leftovers](super::Leftover) |
 //! | `sublog` | `_id`: node `u32`, entry `u64`, `at`, `ops` ([`log`](super::log)) |
 //! | `inbox` | `_id`: [`format::inbox_key`], `b`: [`format::chunk_value`], `x`: when all of it has expired |
@@ -431,7 +431,7 @@ impl<'a> Document<'a> {
         self.bytes(name)?.map(read).transpose()
     }
 
-    fn document(&self, name: &str) -> Result<Option<&'a RawDocument>, StoreError> {
+    pub(super) fn document(&self, name: &str) -> Result<Option<&'a RawDocument>, StoreError> {
         self.convert(name, |value| value.as_document())
     }
 

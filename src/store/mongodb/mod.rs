@@ -96,6 +96,8 @@ pub(crate) struct MongoStore {
     commands: Commands,
     timeout: Duration,
     node: u32,
+    /// The server session of its transactions, which tells this run of it from all others.
+    run: Arc<RawDocumentBuf>,
     name: Arc<str>,
     cluster: String,
     held: Arc<HeldSessions>,
@@ -152,9 +154,11 @@ impl MongoStore {
         let session = commands.database().client().start_session().await;
         let session = session.map_err(unusable)?;
         let node = nodes::new_number(&commands).await?;
+        let transactions = Transactions::new(session);
         Ok(Arc::new(Self {
             cluster: schema::cluster_name(&commands).await?,
-            transactions: Arc::new(Transactions::new(session).into()),
+            run: Arc::new(transactions.id()?),
+            transactions: Arc::new(transactions.into()),
             commands,
             timeout: options.timeout,
             node,
@@ -175,7 +179,7 @@ impl MongoStore {
         &self.cluster
     }
 
-    /// This node, for as long as its process runs; no other has ever had this number.
+    /// This node, for as long as its process runs; no other in this database has ever had this number.
     pub(crate) fn node(&self) -> u32 {
         self.node
     }

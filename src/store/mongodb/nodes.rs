@@ -79,14 +79,13 @@ impl MongoStore {
 
     /// Adds this node to those that are up.
     pub(super) async fn enter(&self, reserved_hlc: u64) -> Result<(), StoreError> {
-        let session = self.transactions.lock().await.id()?;
         let fields = rawdoc! {
             "name": &*self.name,
             "st": "up",
             "hbn": 0_i64,
             "hr": reserved_hlc.cast_signed(),
             "k": 0_i64,
-            "ls": session,
+            "ls": (*self.run).clone(),
         };
         // Once it is there, it may have been declared dead already.
         let row = rawdoc! { "$setOnInsert": fields, "$currentDate": { "hb": true } };
@@ -104,8 +103,7 @@ impl MongoStore {
             "hbn": { "$add": ["$hbn", 1_i64] },
             "hr": reserved_hlc.cast_signed(),
         };
-        let me = rawdoc! { "_id": i64::from(self.node), "st": "up" };
-        let beat = update(me, array([rawdoc! { "$set": fields }]), false);
+        let beat = update(self.itself(), array([rawdoc! { "$set": fields }]), false);
         if self.update_node(beat).await? {
             Ok(())
         } else {
@@ -192,9 +190,18 @@ impl MongoStore {
     /// # Errors
     /// `StoreError` when the outcome is unknown.
     pub(crate) async fn leave(&self) -> Result<(), StoreError> {
-        let me = rawdoc! { "_id": i64::from(self.node), "st": "up" };
-        let leave = update(me, rawdoc! { "$set": { "st": "leaving" } }, false);
+        let leave = update(
+            self.itself(),
+            rawdoc! { "$set": { "st": "leaving" } },
+            false,
+        );
         self.update_node(leave).await.map(|_| ())
+    }
+
+    /// The query for this node, as long as it is up. Its number alone would not do: in a database that
+    /// was dropped and made anew another node may have the same.
+    pub(super) fn itself(&self) -> RawDocumentBuf {
+        rawdoc! { "_id": i64::from(self.node), "st": "up", "ls": (*self.run).clone() }
     }
 
     /// Whether the document was there.

@@ -550,6 +550,27 @@ async fn node_that_was_declared_dead_is_fenced() {
 }
 
 #[tokio::test]
+async fn node_whose_number_another_has_after_the_database_was_dropped_is_fenced() {
+    let fixture = MongoFixture::new().await;
+    open(&fixture.store, request("client", session(1))).await;
+    fixture.store.database().drop().await.unwrap();
+    let other = fixture.another_node().await;
+    assert_eq!(other.node(), fixture.store.node());
+
+    let is_fenced = |error| matches!(error, Err(StoreError::Fenced));
+    for change in [
+        subscribe(session(1), "a"),
+        enqueue(session(2), &chunk(1, 1)),
+    ] {
+        let outcome = fixture.store.write(Arc::new(vec![change]), None).await;
+        assert!(is_fenced(outcome.map(|_| ())));
+    }
+    assert!(is_fenced(fixture.store.heartbeat(8).await));
+    fixture.store.leave().await.unwrap();
+    other.heartbeat(1).await.unwrap();
+}
+
+#[tokio::test]
 async fn node_that_leaves_keeps_the_end_of_its_log() {
     let fixture = MongoFixture::new().await;
     let other = fixture.another_node().await;

@@ -173,7 +173,7 @@ impl MongoStore {
     /// How far every node's log had come at `time`.
     async fn log_positions(&self, time: Option<Timestamp>) -> Result<Vec<LogPosition>, StoreError> {
         let nodes = Query::new(NODES, RawDocumentBuf::new())
-            .only(rawdoc! { "k": 1, "st": 1 })
+            .only(rawdoc! { "k": 1, "st": 1, "ls": 1 })
             .after(time);
         self.positions(&self.commands.find(nodes).await?)?
             .ok_or(StoreError::Fenced)
@@ -189,7 +189,9 @@ impl MongoStore {
                 node: fields.node("_id")?,
                 entry: fields.long("k")?.cast_unsigned(),
             };
-            is_up |= position.node == self.node && fields.text("st")? == "up";
+            is_up |= position.node == self.node
+                && fields.text("st")? == "up"
+                && fields.document("ls")? == Some(&**self.run);
             positions.push(position);
         }
         Ok(is_up.then_some(positions))
@@ -513,11 +515,8 @@ impl MongoStore {
         });
         self.send(session, Verb::Delete, SESSIONS, emptied).await?;
         if log_entries > 0 {
-            let expected = rawdoc! {
-                "_id": i64::from(self.node),
-                "st": "up",
-                "k": position.entry.cast_signed(),
-            };
+            let mut expected = self.itself();
+            expected.append(cstr!("k"), position.entry.cast_signed());
             let lengthen = rawdoc! { "$inc": { "k": log_entries.cast_signed() } };
             let lengthen = [update(expected, lengthen, false)];
             if self.send(session, Verb::Update, NODES, lengthen).await? != 1 {
@@ -540,7 +539,7 @@ impl MongoStore {
     ) -> Result<(), Refusal> {
         let find = rawdoc! {
             "find": NODES,
-            "projection": { "k": 1, "st": 1 },
+            "projection": { "k": 1, "st": 1, "ls": 1 },
             "batchSize": i64::from(i32::MAX),
             "singleBatch": true,
         };
