@@ -7,11 +7,14 @@
 //! Start reading at [`Config`]; [`load`] brings the sources together, [`listener`] holds the one
 //! section that can be there many times.
 
+mod check;
+mod draft;
 pub mod listener;
 pub mod load;
 mod nearest;
 mod network;
 pub(crate) mod problem;
+mod sources;
 mod uri;
 pub mod value;
 
@@ -22,9 +25,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use listener::{ClientAuth, Listener, ListenerKind, ProxyProtocol, Tls, Transport};
-pub use load::{Loaded, Sources};
+pub use load::Loaded;
 pub use network::Network;
 pub use problem::ConfigError;
+pub use sources::Sources;
 pub use uri::{MongoUri, RedisUrl};
 pub use value::{ByteSize, Grace, Interval, MemoryLimit};
 
