@@ -24,11 +24,6 @@ use crate::store::StoreError;
 const COMMAND_BYTES_MAX: usize = 8 << 20;
 /// Documents or statements in one command: more would only hold up others.
 const COMMAND_ITEMS_MAX: usize = 1000;
-/// Commands that a write of many items is divided into: the server works on each with a thread of its
-/// own, and does not sync before all of them have come.
-const COMMANDS_AT_ONCE: usize = 4;
-/// Items that are not divided: each command costs the server something as well.
-const SHARE_MIN: usize = 64;
 /// A document that is larger than this would not fit into a command.
 pub(super) const DOCUMENT_BYTES_MAX: usize = 16 << 20;
 /// Documents read at a time where all of them are wanted.
@@ -127,25 +122,21 @@ impl Commands {
         self.outcome(&answer).map_err(StoreError::from)
     }
 
-    /// Writes all `items`, in no order and by several commands at the same time, until a majority has
-    /// them. What comes of it is as if it had been one command.
-    pub(super) async fn write_at_once(
+    /// Writes all `items`, in no order, until a majority has them. What comes of it is as if it had been
+    /// one command. It is one if it can be: the server syncs for one after the other.
+    pub(super) async fn write_all(
         &self,
         verb: Verb,
         collection: &str,
         items: &[impl AsRef<RawDocument>],
     ) -> Result<Outcome, StoreError> {
-        let share = items.len().div_ceil(COMMANDS_AT_ONCE).max(SHARE_MIN);
-        let mut commands = Vec::new();
-        for (number, items) in items.chunks(share).enumerate() {
-            for batch in write_commands(verb, collection, items, Concern::Majority) {
-                let first = number * share + batch.first;
-                let written = self.write(batch.command);
-                commands.push(async move { written.await.map(|outcome| (first, outcome)) });
-            }
-        }
+        let batches = write_commands(verb, collection, items, Concern::Majority);
+        let written = batches.into_iter().map(|batch| async move {
+            let outcome = self.write(batch.command).await?;
+            Ok::<_, StoreError>((batch.first, outcome))
+        });
         let mut all = Outcome::default();
-        for (first, outcome) in try_join_all(commands).await? {
+        for (first, outcome) in try_join_all(written).await? {
             all.matched += outcome.matched;
             let duplicates = outcome.duplicates.iter();
             all.duplicates.extend(duplicates.map(|index| first + index));

@@ -165,9 +165,8 @@ impl MongoStore {
         }
 
         let (inserted, updated) = tokio::try_join!(
-            self.commands.write_at_once(Verb::Insert, SESSIONS, &made),
-            self.commands
-                .write_at_once(Verb::Update, SESSIONS, &resumed),
+            self.commands.write_all(Verb::Insert, SESSIONS, &made),
+            self.commands.write_all(Verb::Update, SESSIONS, &resumed),
         )?;
         let duplicates: HashSet<_> = inserted.duplicates.into_iter().collect();
         for (place, step) in made.into_iter().enumerate() {

@@ -117,9 +117,7 @@ impl MongoStore {
         states: &[State<'a>],
     ) -> Result<(Option<Timestamp>, Vec<State<'a>>), StoreError> {
         let documents: Vec<_> = states.iter().map(insertion).collect();
-        let inserted = self
-            .commands
-            .write_at_once(Verb::Insert, RETAINED, &documents);
+        let inserted = self.commands.write_all(Verb::Insert, RETAINED, &documents);
         let inserted = inserted.await?;
         let taken = inserted.duplicates.iter().map(|place| states[*place]);
         Ok((inserted.time, taken.collect()))
@@ -130,9 +128,7 @@ impl MongoStore {
         states: &[State<'_>],
     ) -> Result<Option<Timestamp>, StoreError> {
         let statements: Vec<_> = states.iter().map(replacement).collect();
-        let written = self
-            .commands
-            .write_at_once(Verb::Update, RETAINED, &statements);
+        let written = self.commands.write_all(Verb::Update, RETAINED, &statements);
         Ok(written.await?.time)
     }
 

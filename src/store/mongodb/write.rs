@@ -215,8 +215,8 @@ impl MongoStore {
         // whoever reads afterwards waits for the majority, and that comes sooner if it is asked for.
         let (inserted, shortened, removed) = tokio::try_join!(
             self.insert_chunks(&put),
-            self.commands.write_at_once(Verb::Update, INBOX, &shortened),
-            self.commands.write_at_once(Verb::Delete, INBOX, &removed),
+            self.commands.write_all(Verb::Update, INBOX, &shortened),
+            self.commands.write_all(Verb::Delete, INBOX, &removed),
         )?;
         Ok(inserted.max(shortened.time).max(removed.time))
     }
@@ -230,7 +230,7 @@ impl MongoStore {
             .iter()
             .map(|(session, chunk)| chunk_document(*session, chunk));
         let documents: Vec<_> = documents.collect();
-        let inserted = self.commands.write_at_once(Verb::Insert, INBOX, &documents);
+        let inserted = self.commands.write_all(Verb::Insert, INBOX, &documents);
         let inserted = inserted.await?;
         if !chunks.is_empty() {
             failpoint::reach("after_insert");
@@ -239,9 +239,7 @@ impl MongoStore {
         // One that was there and is not any more has been delivered: it is not made again.
         let replacements = taken.map(|(session, chunk)| shorten(session, chunk));
         let replacements: Vec<_> = replacements.collect();
-        let replaced = self
-            .commands
-            .write_at_once(Verb::Update, INBOX, &replacements);
+        let replaced = self.commands.write_all(Verb::Update, INBOX, &replacements);
         Ok(inserted.time.max(replaced.await?.time))
     }
 
