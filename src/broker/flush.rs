@@ -472,7 +472,8 @@ impl Flusher {
         let Some(held) = &mut gathering.held else {
             return Vec::new();
         };
-        let elsewhere = sealed.later.iter();
+        let asks_others = cluster.is_some_and(|cluster| cluster.links.is_quick());
+        let elsewhere = sealed.later.iter().filter(|_| asks_others);
         // A share group's node does not know yet who will get it.
         let is_offered = |mailbox: &Mailbox| mailbox.holder().is_some() && mailbox.group.is_none();
         let elsewhere = elsewhere.filter(|(mailbox, _)| is_offered(mailbox));

@@ -173,6 +173,10 @@ impl Bus for FallbackBus {
         self.fast.is_connected()
     }
 
+    fn is_quick(&self) -> bool {
+        self.fast.is_connected()
+    }
+
     fn reconnects(&self) -> u64 {
         self.fast.reconnects() + self.sure.reconnects()
     }

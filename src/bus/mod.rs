@@ -59,6 +59,11 @@ pub(crate) trait Bus: fmt::Debug + Send + Sync {
         true
     }
 
+    /// Whether a frame and an answer to it take less time than a write to the store.
+    fn is_quick(&self) -> bool {
+        true
+    }
+
     /// How often a connection that was lost has been made anew.
     fn reconnects(&self) -> u64 {
         0

@@ -167,6 +167,11 @@ impl Bus for MongoBus {
         Ok(frames)
     }
 
+    /// A frame is such a write itself.
+    fn is_quick(&self) -> bool {
+        false
+    }
+
     fn reconnects(&self) -> u64 {
         self.reconnects.get()
     }

@@ -37,6 +37,8 @@ pub(crate) struct Members {
     alive: RwLock<HashMap<u32, Member>>,
     /// Dead, or left, and it is for this node to look after their clients.
     gone: RwLock<Vec<u32>>,
+    /// Of all that are gone: none of the clock values that they have used is beyond this one.
+    reserved: RwLock<HashMap<u32, u64>>,
 }
 
 #[derive(Debug)]
@@ -72,6 +74,11 @@ impl Members {
     /// Nodes that are gone and whose clients this node has to look after.
     pub(super) fn gone(&self) -> Vec<u32> {
         self.gone.read().clone()
+    }
+
+    /// The clock value beyond which a node that is gone has used none.
+    pub(super) fn reserved_by_gone(&self, node: u32) -> Option<u64> {
+        self.reserved.read().get(&node).copied()
     }
 
     /// Whether a node can be expected to answer.
@@ -123,7 +130,7 @@ impl Members {
                     member.beats = row.beats;
                     member.seen = now;
                 } else if now.duration_since(member.seen) >= DEAD_AFTER {
-                    silent.push((row.node, row.beats));
+                    silent.push(row);
                 }
             }
             members.retain(|node, _| {
@@ -134,9 +141,17 @@ impl Members {
                 stays
             });
         }
+        let is_gone = |row: &&NodeRow| row.state != NodeState::Up && row.node != store.node();
+        let mut reserved: HashMap<u32, u64> = rows
+            .iter()
+            .filter(is_gone)
+            .map(|row| (row.node, row.reserved_hlc))
+            .collect();
         let mut gone = Vec::new();
-        for (node, beats) in silent {
-            if store.declare_dead(node, beats).await? {
+        for row in silent {
+            let node = row.node;
+            if store.declare_dead(node, row.beats).await? {
+                reserved.insert(node, row.reserved_hlc);
                 failpoint::reach("after_declaring_dead");
                 tracing::warn!(event = "node_dead", node);
                 self.alive.write().remove(&node);
@@ -147,10 +162,10 @@ impl Members {
         let least = self.others().into_iter().chain([store.node()]).min();
         if least == Some(store.node()) {
             // Whoever declared it dead may have died before it was done.
-            let is_gone = |row: &&NodeRow| row.state != NodeState::Up && row.node != store.node();
             gone.extend(rows.iter().filter(is_gone).map(|row| row.node));
         }
         *self.gone.write() = gone;
+        *self.reserved.write() = reserved;
         Ok(changes)
     }
 }

@@ -144,6 +144,9 @@ impl Cluster {
 
     /// The clock value that a node will not have gone beyond, even if it still runs.
     pub(crate) async fn reserved_by(&self, node: u32) -> u64 {
+        if let Some(reserved) = self.members.reserved_by_gone(node) {
+            return reserved;
+        }
         let rows = self.store.nodes().await.unwrap_or_default();
         let row = rows.iter().find(|row| row.node == node);
         row.map_or(0, |row| row.reserved_hlc)

@@ -121,7 +121,7 @@ impl Draft {
             (StoreKind::MongoDb, Some(_), None)
             | (StoreKind::Embedded | StoreKind::Memory, None, _) => {}
         }
-        if *write_elision && *kind != StoreKind::MongoDb {
+        if !*write_elision && *kind != StoreKind::MongoDb {
             report(
                 "store.write_elision",
                 &format!(

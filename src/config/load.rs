@@ -548,7 +548,7 @@ mod tests {
             &["store.uri should be a URI such as", "and not \"db1:27017\""],
         );
         assert_error(
-            from_set(&[("store.write_elision", "true")]),
+            from_set(&[("store.write_elision", "false")]),
             &["store.write_elision has no effect with store.kind = \"embedded\""],
         );
         for database in ["a/b", "local", "sp ace"] {

@@ -134,7 +134,7 @@ section! {
         /// written waits for a moment, 5 ms at most, for the QoS 1 messages in it that are on their
         /// way to connected clients; those that their clients have taken over by then never get into
         /// an inbox. All nodes should have the same.
-        pub write_elision: bool = false,
+        pub write_elision: bool = true,
     }
 }
 

@@ -111,7 +111,7 @@ impl Stage {
         let database = Database::on(set.uri());
         let must_elide = env::var_os("MIDGE_TEST_ELISION").is_some();
         let redis = (seed.percent(60) || must_elide).then(Redis::start);
-        let elides = redis.is_some() && (seed.percent(40) || must_elide);
+        let elides = seed.percent(50) || must_elide;
         let mut mongodb_proxies = Vec::new();
         let mut redis_proxies = Vec::new();
         let mut settings = Vec::new();
@@ -130,9 +130,8 @@ impl Stage {
                 let address: SocketAddr = proxy.address();
                 redis_proxies.push(proxy);
                 of_node = redis::settings(&database, address);
-                let elides = elides.to_string();
-                of_node.push(("store.write_elision".to_owned(), elides));
             }
+            of_node.push(("store.write_elision".to_owned(), elides.to_string()));
             // While MongoDB is away a node that is told to stop waits for all of it.
             of_node.push(("drain.deadline".to_owned(), "20s".to_owned()));
             settings.push(of_node);

@@ -255,6 +255,11 @@ impl Links {
         self.carriage.borrow().is_failing
     }
 
+    /// Whether another node may answer sooner than a write to the store takes.
+    pub(crate) fn is_quick(&self) -> bool {
+        self.bus.is_quick() && !self.is_failing()
+    }
+
     /// Whether frames go by the way that they should.
     pub(crate) fn is_bus_connected(&self) -> bool {
         self.bus.is_connected() && !self.is_failing()

@@ -16,6 +16,10 @@ use super::documents::{Fields, Previous, SESSIONS, SessionDocument};
 use super::open::OpenRequest;
 use crate::store::{SessionRecord, StoreError, WillRecord};
 
+/// How often documents are read again that others have changed meanwhile, such as the node that looks
+/// after those of a dead one.
+const ATTEMPTS: usize = 3;
+
 /// A session as it is taken by a request, and what makes its document so.
 struct Step<'a> {
     request: &'a OpenRequest,
@@ -63,8 +67,7 @@ impl OpenRequest {
         }
     }
 
-    /// Goes on with the session that was found; `None` if something ends thereby, or is left over,
-    /// or if this request has taken it already.
+    /// Goes on with the session that was found; `None` if something ends thereby, or is left over.
     fn resume(&self, found: SessionDocument, node: u32) -> Option<Step<'_>> {
         let record = found.record?;
         // One without a delay is published as soon as its connection is taken over.
@@ -73,7 +76,6 @@ impl OpenRequest {
             || record.expiry_interval == 0
             || record.will.as_ref().is_some_and(is_due)
             || !found.leftovers.is_empty()
-            || found.token == Some(self.new_session)
         {
             return None;
         }
@@ -133,7 +135,8 @@ impl OpenRequest {
 
 impl MongoStore {
     /// Takes the sessions that are new or just go on. Returns their documents, and the requests that
-    /// are still to be seen to: those for other sessions, and those that somebody came between.
+    /// are still to be seen to: those for other sessions, and those that somebody came between again
+    /// and again.
     ///
     /// # Errors
     /// `StoreError` when the outcome is unknown; the same requests may be sent again.
@@ -142,47 +145,56 @@ impl MongoStore {
         requests: &'a [OpenRequest],
     ) -> Result<(HashMap<Arc<str>, SessionDocument>, Vec<&'a OpenRequest>), StoreError> {
         let mut taken = HashMap::new();
+        let mut others = Vec::new();
+        let mut waiting: Vec<_> = requests.iter().collect();
         let keys: HashSet<_> = requests.iter().map(OpenRequest::key).collect();
         if keys.len() < requests.len() {
             // Those of the same client are in an order.
-            return Ok((taken, requests.iter().collect()));
+            return Ok((taken, waiting));
         }
-        let mut found = HashMap::new();
-        let all: Vec<_> = requests.iter().collect();
-        self.read_sessions(&all, None, &mut found).await?;
-        let (mut made, mut resumed, mut others) = (Vec::new(), Vec::new(), Vec::new());
-        for request in requests {
-            match found.remove(&request.key()) {
-                None if request.is_stored() => made.push(request.make(self.node)),
-                Some(found) if request.is_stored() => match request.resume(found, self.node) {
-                    Some(step) => resumed.push(step),
-                    None => others.push(request),
-                },
-                Some(_) => others.push(request),
-                // There is nothing to put an end to, and nothing to be stored.
-                None => {}
+        let mut time = None;
+        for _ in 0..ATTEMPTS {
+            let mut found = HashMap::new();
+            self.read_sessions(&waiting, time, &mut found).await?;
+            let (mut made, mut resumed) = (Vec::new(), Vec::new());
+            for request in waiting.drain(..) {
+                match found.remove(&request.key()) {
+                    Some(found) if found.token == Some(request.new_session) => {
+                        taken.insert(found.key.clone(), found);
+                    }
+                    Some(found) if request.is_stored() => match request.resume(found, self.node) {
+                        Some(step) => resumed.push(step),
+                        None => others.push(request),
+                    },
+                    Some(_) => others.push(request),
+                    None if request.is_stored() => made.push(request.make(self.node)),
+                    // There is nothing to put an end to, and nothing to be stored.
+                    None => {}
+                }
+            }
+            let (inserted, updated) = tokio::try_join!(
+                self.commands.write_all(Verb::Insert, SESSIONS, &made),
+                self.commands.write_all(Verb::Update, SESSIONS, &resumed),
+            )?;
+            time = inserted.time.max(updated.time);
+            let refused: HashSet<_> = inserted.duplicates.into_iter().collect();
+            // Which of them did not match is not said.
+            let all_match = updated.matched == resumed.len() as i64;
+            let made = made.into_iter().enumerate();
+            let made = made.map(|(place, step)| (step, !refused.contains(&place)));
+            let resumed = resumed.into_iter().map(|step| (step, all_match));
+            for (step, is_taken) in made.chain(resumed) {
+                if is_taken {
+                    taken.insert(step.document.key.clone(), step.document);
+                } else {
+                    waiting.push(step.request);
+                }
+            }
+            if waiting.is_empty() {
+                break;
             }
         }
-
-        let (inserted, updated) = tokio::try_join!(
-            self.commands.write_all(Verb::Insert, SESSIONS, &made),
-            self.commands.write_all(Verb::Update, SESSIONS, &resumed),
-        )?;
-        let duplicates: HashSet<_> = inserted.duplicates.into_iter().collect();
-        for (place, step) in made.into_iter().enumerate() {
-            if duplicates.contains(&place) {
-                others.push(step.request);
-            } else {
-                taken.insert(step.document.key.clone(), step.document);
-            }
-        }
-        // Which of them did not match is not said.
-        if updated.matched == resumed.len() as i64 {
-            let documents = resumed.into_iter().map(|step| step.document);
-            taken.extend(documents.map(|document| (document.key.clone(), document)));
-        } else {
-            others.extend(resumed.into_iter().map(|step| step.request));
-        }
+        others.append(&mut waiting);
         Ok((taken, others))
     }
 }

@@ -237,7 +237,8 @@ async fn many_clients_come_back_at_two_nodes_at_once() {
             assert!(opened.previous_epoch >= epoch && opened.previous_epoch < opened.epoch);
             epoch = opened.epoch;
         }
-        assert_eq!(epoch, first.epoch + 2);
+        // Whoever finds that somebody came between takes it again, though it may have been behind.
+        assert!((first.epoch + 2..=first.epoch + 3).contains(&epoch));
     }
 }
 
