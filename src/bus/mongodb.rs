@@ -309,7 +309,8 @@ fn is_command_error(error: &Error, code: i32) -> bool {
 
 impl From<Error> for BusError {
     fn from(error: Error) -> Self {
-        Self::Unavailable(error.to_string())
+        // Without labels and the server's answer, which the kind has told.
+        Self::Unavailable(error.kind.to_string())
     }
 }
 

@@ -12,6 +12,9 @@
     reason = "functions that several tests share are tests as well"
 )]
 
+#[path = "../interop/support/certificates.rs"]
+#[allow(dead_code, reason = "the interoperability tests use the rest")]
+mod certificates;
 #[path = "../support/client.rs"]
 #[allow(dead_code, reason = "the crash tests use the rest")]
 mod client;
@@ -51,5 +54,6 @@ mod one_node;
 mod outage;
 mod redis;
 mod replica_set;
+mod secured;
 mod shared;
 mod sys;

@@ -26,7 +26,7 @@ pub(crate) struct Mongod {
 }
 
 /// The name of every replica set.
-const SET: &str = "midge";
+pub(crate) const SET: &str = "midge";
 
 impl Mongod {
     /// Starts servers, which are no replica set yet.
@@ -36,7 +36,7 @@ impl Mongod {
             .map(|_| {
                 let directory = TempDir::new().unwrap();
                 // Any free port, as long as there is no other one to come back to.
-                (spawn(&directory, 0), directory)
+                (spawn(&directory, 0, &[]), directory)
             })
             .collect();
         let started = starting.into_iter().map(|(process, directory)| Self {
@@ -66,7 +66,7 @@ impl Mongod {
     /// Starts it again, after it has ended, on the same data and port.
     #[track_caller]
     pub(crate) fn start_again(&mut self) {
-        self.process = spawn(&self.directory, self.port);
+        self.process = spawn(&self.directory, self.port, &[]);
         wait_until_ready(&self.process);
     }
 
@@ -165,7 +165,8 @@ pub(crate) fn direct_uri(address: SocketAddr) -> String {
     format!("mongodb://{address}/?directConnection=true")
 }
 
-fn spawn(directory: &TempDir, port: u16) -> Process {
+/// With `more` arguments than all servers have.
+pub(crate) fn spawn(directory: &TempDir, port: u16, more: &[&str]) -> Process {
     let program = program();
     let mut child = Command::new(&program)
         .args(["--replSet", SET, "--bind_ip", "127.0.0.1", "--nounixsocket"])
@@ -176,6 +177,7 @@ fn spawn(directory: &TempDir, port: u16) -> Process {
         .args(["--setParameter", "diagnosticDataCollectionEnabled=false"])
         .args(["--setParameter", "enableTestCommands=1"])
         .args(["--setParameter", SHORT_SHUTDOWN])
+        .args(more)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -193,7 +195,7 @@ fn program() -> PathBuf {
 
 /// Waits for the server to listen; returns its port.
 #[track_caller]
-fn wait_until_ready(process: &Process) -> u16 {
+pub(crate) fn wait_until_ready(process: &Process) -> u16 {
     process
         .log()
         .wait_for("\"Waiting for connections\"", |lines| {

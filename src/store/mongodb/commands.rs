@@ -295,7 +295,8 @@ impl Commands {
     }
 
     pub(super) fn failure(&self, error: &Error) -> Failure {
-        let error_text = || error.to_string();
+        // Without labels and the server's answer, which the kind has told.
+        let error_text = || error.kind.to_string();
         match &*error.kind {
             ErrorKind::Command(command) if command.code == DUPLICATE_KEY => Failure::Duplicate,
             ErrorKind::Command(command) if command.code == NAMESPACE_EXISTS => Failure::Exists,
