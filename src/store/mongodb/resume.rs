@@ -1,8 +1,8 @@
 //! Taking sessions that are new or just go on: those of most clients that connect.
 //!
 //! Their documents are read, and then made, or changed on condition that they are as they were read.
-//! That costs the server a seventh and a half, in this order, of the operation that finds out by
-//! itself what to do; [`open`](mod@super::open) does that with what is left.
+//! That costs the server a tenth of the operation that finds out by itself what to do
+//! (`docs/benchmarks.md`); [`open`](mod@super::open) does that with what is left.
 
 use std::sync::Arc;
 
