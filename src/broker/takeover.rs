@@ -147,7 +147,7 @@ impl Node {
             None => claimed.session,
         };
         let request = OpenRequest {
-            owner: Owner::Client(client_id.clone()),
+            client_id: client_id.clone(),
             new_session,
             clean_start: terms.clean_start,
             version: terms.version,

@@ -12,7 +12,7 @@ use bson::raw::RawDocumentBuf;
 use bson::{RawBson, rawdoc};
 use hashbrown::HashMap;
 
-use super::commands::{Concern, Query, Verb, WriteCommand, binary, delete, update, write_commands};
+use super::commands::{Query, Verb, binary, delete, update};
 use super::documents::{
     AWAITING, Document, EXCHANGES, GARBAGE, INBOX, META, NODES, RETAINED, SESSIONS, SUBLOG,
     read_chunk, unix_ms,
@@ -79,14 +79,9 @@ impl MongoStore {
     /// # Errors
     /// `StoreError` when the outcome is unknown.
     pub(crate) async fn finish_import(&self) -> Result<(), StoreError> {
-        let mark = delete(rawdoc! { "_id": IMPORT });
-        self.write_all(write_commands(
-            Verb::Delete,
-            META,
-            [mark],
-            Concern::Majority,
-        ))
-        .await
+        let mark = [delete(rawdoc! { "_id": IMPORT })];
+        self.commands.write_all(Verb::Delete, META, &mark).await?;
+        Ok(())
     }
 
     /// Fails if an import into this database was not finished.
@@ -144,20 +139,8 @@ impl MongoStore {
     }
 
     async fn write_mark(&self, change: RawDocumentBuf) -> Result<(), StoreError> {
-        let mark = update(rawdoc! { "_id": IMPORT }, change, true);
-        self.write_all(write_commands(
-            Verb::Update,
-            META,
-            [mark],
-            Concern::Majority,
-        ))
-        .await
-    }
-
-    async fn write_all(&self, commands: Vec<WriteCommand>) -> Result<(), StoreError> {
-        for batch in commands {
-            self.commands.write(batch.command).await?;
-        }
+        let mark = [update(rawdoc! { "_id": IMPORT }, change, true)];
+        self.commands.write_all(Verb::Update, META, &mark).await?;
         Ok(())
     }
 

@@ -34,10 +34,10 @@ const ADOPTION: Duration = Duration::from_secs(10);
 /// Sessions of a dead node that are released at a time.
 const RELEASED_MAX: i64 = 200;
 
-/// A client that connects, or a share group that somebody begins to serve.
+/// A client that connects.
 #[derive(Clone, Debug)]
 pub(crate) struct OpenRequest {
-    pub(crate) owner: Owner,
+    pub(crate) client_id: Arc<str>,
     /// Used if a new session is made, and never again: the same request may be sent again after
     /// `Unavailable`.
     pub(crate) new_session: SessionId,
@@ -86,7 +86,7 @@ impl OpenRequest {
     }
 
     pub(super) fn key(&self) -> Arc<str> {
-        key_of(&self.owner)
+        key_of(&Owner::Client(self.client_id.clone()))
     }
 
     /// The statement that takes the session, unless it has been taken by the same request before.
@@ -179,7 +179,7 @@ impl OpenRequest {
     /// What is opened if nothing is stored.
     pub(super) fn fresh_record(&self) -> SessionRecord {
         SessionRecord {
-            owner: self.owner.clone(),
+            owner: Owner::Client(self.client_id.clone()),
             session: self.new_session,
             version: self.version,
             connected: true,
@@ -194,8 +194,6 @@ impl OpenRequest {
 impl MongoStore {
     /// Takes the session of every request from whoever holds it, or makes it, in the order of the
     /// requests; `None` where a newer request, of this node or another, has taken it already.
-    ///
-    /// A share group that was made here is known to others once it has been saved.
     ///
     /// # Errors
     /// `StoreError` when the outcome is unknown; the same requests may be sent again.

@@ -82,7 +82,7 @@ store_contract!(MongoFixture);
 
 fn request(client_id: &str, new_session: SessionId) -> OpenRequest {
     OpenRequest {
-        owner: Owner::Client(client_id.into()),
+        client_id: client_id.into(),
         new_session,
         clean_start: false,
         version: ProtocolVersion::V5,
@@ -794,30 +794,6 @@ async fn log_with_a_gap_has_to_be_loaded_again() {
     assert_eq!(read(1).await.unwrap().unwrap().len(), 1);
 }
 
-#[tokio::test]
-async fn share_group_is_known_to_other_nodes_once_it_is_saved() {
-    let fixture = MongoFixture::new().await;
-    let group = filter("$share/g/a");
-    let owner = Owner::Group(group.clone());
-    let opened = OpenRequest {
-        owner: owner.clone(),
-        ..request("", session(1))
-    };
-    let opened = open(&fixture.store, opened).await;
-    let saved = Change::SaveSession(Box::new(opened.session.record));
-    let opened = written(&fixture.store, [saved]).await;
-    let created = SessionRecord {
-        owner: Owner::Group(filter("$share/g/b")),
-        ..record(session(2))
-    };
-    let created = written(&fixture.store, [Change::SaveSession(Box::new(created))]).await;
-
-    let action = last_op(&fixture.store, &opened).await.action;
-    assert_eq!(action, LogAction::OpenGroup(group));
-    let action = last_op(&fixture.store, &created).await.action;
-    assert_eq!(action, LogAction::OpenGroup(filter("$share/g/b")));
-}
-
 async fn open_group(store: &MongoStore, group: &str, new: u32, alive: &[u32]) -> GroupPlace {
     let request = GroupRequest {
         filter: &filter(group),
@@ -827,6 +803,27 @@ async fn open_group(store: &MongoStore, group: &str, new: u32, alive: &[u32]) ->
     };
     let place = store.open_group(request).await.unwrap();
     place.expect("nobody else opens it")
+}
+
+#[tokio::test]
+async fn share_group_is_known_to_other_nodes_once_it_is_saved() {
+    let fixture = MongoFixture::new().await;
+    let save = |number, group| {
+        let group = SessionRecord {
+            owner: Owner::Group(filter(group)),
+            connected: true,
+            ..record(session(number))
+        };
+        written(&fixture.store, [Change::SaveSession(Box::new(group))])
+    };
+    open_group(&fixture.store, "$share/g/a", 1, &[]).await;
+    let opened = save(1, "$share/g/a").await;
+    let created = save(2, "$share/g/b").await;
+
+    let action = last_op(&fixture.store, &opened).await.action;
+    assert_eq!(action, LogAction::OpenGroup(filter("$share/g/a")));
+    let action = last_op(&fixture.store, &created).await.action;
+    assert_eq!(action, LogAction::OpenGroup(filter("$share/g/b")));
 }
 
 #[tokio::test]
