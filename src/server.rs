@@ -26,7 +26,7 @@ use crate::bus::mongodb::{CAPPED_BYTES, MongoBus};
 use crate::bus::redis::{Location, RedisBus};
 use crate::bus::{Bus, BusError};
 use crate::cluster::link::Links;
-use crate::cluster::{Announced, Cluster};
+use crate::cluster::{Announced, Cluster, Reception};
 use crate::config::{self, Config, Loaded};
 use crate::drain::DrainPlan;
 use crate::http;
@@ -706,12 +706,12 @@ impl Joining {
         cluster.join(node).await?;
         let (sending, stop) = (cluster.clone(), node.stopping.clone());
         tasks.spawn(async move { sending.links.send_frames(&stop).await });
-        let (receiving, handler) = (cluster.clone(), node.clone());
+        let (receiving, stop) = (cluster.clone(), node.stopping.clone());
+        let mut reception = Reception::new(node.clone());
         tasks.spawn(async move {
-            let stop = &handler.stopping;
             receiving
                 .links
-                .receive_frames(frames, &*handler, stop)
+                .receive_frames(frames, &mut reception, &stop)
                 .await;
         });
         let (beating, beaten) = (cluster.clone(), node.clone());

@@ -199,13 +199,14 @@ impl Node {
         from: u32,
         session: SessionId,
         chunk: &Chunk,
+        arrival: Arrival,
     ) {
         let key = chunk.key;
         let mut undecided = self.undecided.lock();
         let offered = undecided.entry(from).or_default();
         if !offered.declined.contains(&session)
             && let Some(mailbox) = self.shared.mailbox(session)
-            && mailbox.push_offered(chunk, Arrival::from_peer())
+            && mailbox.push_offered(chunk, arrival)
         {
             offered.accepted.push((mailbox, key));
             return;

@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
-use super::Node;
 use super::flush::Unstored;
 use super::mailbox::Mailbox;
 use super::shared::Place;
 use super::takeover::LetGo;
+use super::{LastTopic, Node};
 use crate::bus::wire::Item;
 use crate::cluster::{Announced, Cluster};
 use crate::metrics::Arrival;
@@ -18,12 +18,19 @@ use crate::session::{Delivery, Origin};
 use crate::store::Chunk;
 
 impl Node {
-    /// Something that another node has sent.
-    pub(crate) fn receive(&self, cluster: &Cluster, from: u32, item: Item) {
+    /// Something that another node has sent; `last_topic` is of what it published before.
+    pub(crate) fn receive(
+        &self,
+        cluster: &Cluster,
+        from: u32,
+        arrival: Arrival,
+        item: Item,
+        last_topic: &mut LastTopic,
+    ) {
         match item {
             Item::Deliver { session, chunk } => {
                 if let Some(mailbox) = self.shared.mailbox(session) {
-                    mailbox.push_committed(&chunk, Arrival::from_peer());
+                    mailbox.push_committed(&chunk, arrival);
                 }
             }
             Item::Pass {
@@ -34,7 +41,7 @@ impl Node {
                 message,
             } => {
                 if let Some(group) = self.group_of_inbox(session) {
-                    group.push(&message, Arrival::from_peer());
+                    group.push(&message, arrival);
                 } else if let Some(mailbox) = self.shared.mailbox(session) {
                     mailbox.push(Delivery {
                         message,
@@ -42,12 +49,12 @@ impl Node {
                         retain,
                         subscription_identifiers,
                         origin: Origin::Memory,
-                        arrival: Arrival::from_peer(),
+                        arrival,
                     });
                 }
             }
             Item::Publish { message, publisher } => {
-                self.publish_from_elsewhere(&message, &publisher);
+                self.publish_from_elsewhere(&message, &publisher, arrival, last_topic);
             }
             Item::Own {
                 client_id,
@@ -99,7 +106,9 @@ impl Node {
             Item::Log(position) => cluster.follow_later(Announced::Log(position)),
             Item::Ask { number } => cluster.follow_later(Announced::Ask { from, number }),
             Item::Answer { number } => self.receive_answer(cluster, from, number),
-            Item::Offer { session, chunk } => self.receive_offer(cluster, from, session, &chunk),
+            Item::Offer { session, chunk } => {
+                self.receive_offer(cluster, from, session, &chunk, arrival);
+            }
             Item::Decline { session, key } => self.flusher.declined(session, key),
             Item::Acknowledge { session, key, ids } => self.flusher.taken_over(session, key, &ids),
             Item::Decide { written } => self.receive_decision(from, &written),
@@ -123,7 +132,7 @@ impl Node {
                 epoch,
                 seat,
                 entry,
-            } => self.receive_give(from, session, epoch, seat, entry, Arrival::from_peer()),
+            } => self.receive_give(from, session, epoch, seat, entry, arrival),
             item @ (Item::Unseat { .. } | Item::Settled { .. }) => {
                 self.receive_from_seat(from, item);
             }
@@ -137,8 +146,14 @@ impl Node {
 
     /// Delivers what a client of another node has published, to the clients here whose sessions end
     /// with their connections. The inboxes of the others were seen to there.
-    fn publish_from_elsewhere(&self, message: &Message, publisher: &Arc<str>) {
-        let (matches, _) = self.subscriptions.matches(message.topic());
+    fn publish_from_elsewhere(
+        &self,
+        message: &Message,
+        publisher: &Arc<str>,
+        arrival: Arrival,
+        last_topic: &mut LastTopic,
+    ) {
+        let matches = self.matches(message.topic(), last_topic);
         for found in &matches.sessions {
             if !found.mailbox.is_durable() {
                 // [MQTT-3.8.3-3], of a client that has moved here meanwhile.
@@ -149,9 +164,7 @@ impl Node {
                     Some(&found.terms)
                 };
                 if let Some(terms) = terms {
-                    found
-                        .mailbox
-                        .push(terms.delivery(message, Arrival::from_peer()));
+                    found.mailbox.push(terms.delivery(message, arrival));
                 }
             }
         }

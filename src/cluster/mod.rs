@@ -16,12 +16,12 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::broker::Node;
 use crate::broker::inspect::StoreHealth;
+use crate::broker::{LastTopic, Node};
 use crate::bus::Destination;
 use crate::bus::wire::{Header, Item};
 use crate::failpoint;
-use crate::metrics::{Operation, StoreTotals};
+use crate::metrics::{Arrival, Operation, StoreTotals};
 use crate::store::mongodb::{MongoStore, NodeState, OpenRequest, OpenedSession};
 use crate::store::{LogPosition, StoreError};
 use link::Links;
@@ -342,22 +342,38 @@ impl Cluster {
     }
 }
 
-impl link::Handler for Node {
-    fn receive(&self, header: &Header, item: Item) {
-        if let Some(cluster) = &self.cluster {
-            self.receive(cluster, header.from, item);
+/// Takes what other nodes send to this one.
+pub(crate) struct Reception {
+    node: Arc<Node>,
+    last_topic: LastTopic,
+}
+
+impl Reception {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self {
+            node,
+            last_topic: LastTopic::default(),
+        }
+    }
+}
+
+impl link::Handler for Reception {
+    fn receive(&mut self, header: &Header, arrival: Arrival, item: Item) {
+        if let Some(cluster) = &self.node.cluster {
+            let last_topic = &mut self.last_topic;
+            self.node
+                .receive(cluster, header.from, arrival, item, last_topic);
         }
     }
 
-    fn lost(&self, from: u32) {
-        tracing::warn!(event = "frames_lost", from);
-        self.miss_decisions(from);
-        self.resynchronize_groups(from);
-        self.look_for_messages();
+    fn lost(&mut self, from: u32) {
+        self.node.miss_decisions(from);
+        self.node.resynchronize_groups(from);
+        self.node.look_for_messages();
     }
 
-    fn interrupted(&self) {
-        self.look_for_messages();
+    fn interrupted(&mut self) {
+        self.node.look_for_messages();
     }
 }
 

@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bus::wire::{self, Header, Item, Signal, Stamp, Stream};
 use crate::bus::{Bus, Destination};
-use crate::metrics::{BusFailure, By, Counter, Histogram, Traffic};
+use crate::metrics::{Arrival, BusFailure, By, Counter, Histogram, Traffic};
 
 pub(crate) use marks::Marks;
 
@@ -68,17 +68,17 @@ pub(crate) trait Clock: Send + Sync {
     fn observe(&self, header: &Header);
 }
 
-/// Takes what other nodes send. Called from one task, and does not block it.
-pub(crate) trait Handler: Send + Sync {
+/// Takes what other nodes send, without blocking.
+pub(crate) trait Handler: Send {
     /// In order within a stream, and once.
-    fn receive(&self, header: &Header, item: Item);
+    fn receive(&mut self, header: &Header, arrival: Arrival, item: Item);
 
     /// Some of what a node sent before whatever comes now will never come.
-    fn lost(&self, from: u32);
+    fn lost(&mut self, from: u32);
 
     /// The bus was interrupted: what comes now from one node may be newer than what is still
     /// missing from another.
-    fn interrupted(&self);
+    fn interrupted(&mut self);
 }
 
 /// The links of one node to all others.
@@ -304,7 +304,7 @@ impl Links {
     pub(crate) async fn receive_frames(
         &self,
         frames: mpsc::Receiver<Bytes>,
-        handler: &dyn Handler,
+        handler: &mut dyn Handler,
         stop: &CancellationToken,
     ) {
         Receiver::new(self, handler).run(frames, stop).await;

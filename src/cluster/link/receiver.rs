@@ -11,10 +11,11 @@ use super::incoming::{Incoming, NACK_INTERVAL, Repair};
 use super::{Handler, Links};
 use crate::bus::INTERRUPTION;
 use crate::bus::wire::{Content, Frame, Header, Signal, Stream};
+use crate::metrics::Arrival;
 
 pub(super) struct Receiver<'a> {
     links: &'a Links,
-    handler: &'a dyn Handler,
+    handler: &'a mut dyn Handler,
     peers: HashMap<u32, Peer>,
     /// Who sent what cannot be read, and has been complained of. `None` is nobody knows who.
     malformed: HashSet<Option<u32>>,
@@ -36,7 +37,7 @@ impl Peer {
 }
 
 impl<'a> Receiver<'a> {
-    pub(super) fn new(links: &'a Links, handler: &'a dyn Handler) -> Self {
+    pub(super) fn new(links: &'a Links, handler: &'a mut dyn Handler) -> Self {
         Self {
             links,
             handler,
@@ -158,11 +159,12 @@ impl<'a> Receiver<'a> {
         let Frame {
             header, contents, ..
         } = frame;
+        let arrival = Arrival::from_peer();
         for content in contents {
             match content {
                 Content::Item(item) => {
                     self.links.counters.received.of(item.traffic()).inc();
-                    self.handler.receive(&header, item);
+                    self.handler.receive(&header, arrival, item);
                 }
                 Content::Signal(Signal::Beat { sent }) => self.hear_beat(&header, &sent),
                 Content::Signal(Signal::WantMark { hlc }) => {
@@ -212,7 +214,7 @@ impl<'a> Receiver<'a> {
         }
     }
 
-    fn lose(&self, from: u32) {
+    fn lose(&mut self, from: u32) {
         self.links.counters.lost.inc();
         tracing::warn!(
             event = "frames_lost",

@@ -123,18 +123,18 @@ impl Recorder {
     }
 }
 
-impl Handler for Recorder {
-    fn receive(&self, header: &Header, item: Item) {
+impl Handler for Arc<Recorder> {
+    fn receive(&mut self, header: &Header, _: Arrival, item: Item) {
         if let Item::Disown { epoch, .. } = item {
             self.record(Event::Received(header.stream, epoch));
         }
     }
 
-    fn lost(&self, _: u32) {
+    fn lost(&mut self, _: u32) {
         self.record(Event::Lost);
     }
 
-    fn interrupted(&self) {
+    fn interrupted(&mut self) {
         self.record(Event::Interrupted);
     }
 }
@@ -194,9 +194,10 @@ impl Node {
 
     fn listen(&mut self) {
         let frames = self.frames.take().unwrap();
-        let (links, heard, stop) = (self.links.clone(), self.heard.clone(), self.stop.clone());
+        let (links, stop) = (self.links.clone(), self.stop.clone());
+        let mut heard = self.heard.clone();
         let receiver =
-            tokio::spawn(async move { links.receive_frames(frames, &*heard, &stop).await });
+            tokio::spawn(async move { links.receive_frames(frames, &mut heard, &stop).await });
         self.tasks.push(receiver);
     }
 
