@@ -19,7 +19,7 @@ use super::flush::Receipt;
 use super::group::Group;
 use super::group::dispatch::{Departure, SeatKey};
 use super::mailbox::Mailbox;
-use super::sessions::{group_record, random_session_id};
+use super::sessions::group_record;
 use super::shared::Learned;
 use crate::bus::wire::{Item, Seat};
 use crate::cluster::Cluster;
@@ -303,7 +303,7 @@ impl Node {
         let alive = cluster.others_up().await?;
         let request = GroupRequest {
             filter,
-            new_session: random_session_id(),
+            new_session: SessionId::random(),
             alive: &alive,
             epoch_min: self.flusher.add().tick(),
         };

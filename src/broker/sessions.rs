@@ -645,7 +645,7 @@ impl Node {
         let mut groups = self.groups.lock();
         let group = groups.entry(filter.clone()).or_insert_with(|| {
             let mailbox =
-                self.new_group_mailbox(filter, random_session_id(), InboxSummary::default(), false);
+                self.new_group_mailbox(filter, SessionId::random(), InboxSummary::default(), false);
             self.start_group(Group::new(filter.clone(), mailbox, HashMap::new()))
         });
         self.store_group(group, &membership);
@@ -738,7 +738,7 @@ impl Node {
 
     pub(crate) fn new_mailbox(&self, client_id: Arc<str>, durable: bool) -> Arc<Mailbox> {
         let stored = InboxSummary::default();
-        self.mailbox(random_session_id(), client_id, None, durable, stored)
+        self.mailbox(SessionId::random(), client_id, None, durable, stored)
     }
 
     pub(super) fn new_group_mailbox(
@@ -867,7 +867,7 @@ impl Node {
                         let filter = &subscription.filter;
                         let mailbox = self.new_group_mailbox(
                             filter,
-                            random_session_id(),
+                            SessionId::random(),
                             InboxSummary::default(),
                             false,
                         );
@@ -1052,10 +1052,4 @@ pub(super) fn group_record(filter: &SubscriptionFilter, session: SessionId) -> S
         will: None,
         clock: 0,
     }
-}
-
-pub(super) fn random_session_id() -> SessionId {
-    let mut id = [0; 12];
-    getrandom::fill(&mut id).expect("the system has random numbers");
-    SessionId(id)
 }

@@ -21,7 +21,7 @@ use super::clients::{Claim, Detached, SessionSubscriptions};
 use super::consumer::{Consumer, Inbox};
 use super::flush::{Receipt, unix_ms};
 use super::mailbox::Mailbox;
-use super::sessions::{Connected, NotOpened, Taken, WillFate, random_session_id};
+use super::sessions::{Connected, NotOpened, Taken, WillFate};
 use super::shared::Place;
 use crate::bus::wire::Item;
 use crate::cluster::Cluster;
@@ -143,7 +143,7 @@ impl Node {
             return Err(error.into());
         }
         let new_session = match &here {
-            Some(_) => random_session_id(),
+            Some(_) => SessionId::random(),
             None => claimed.session,
         };
         let request = OpenRequest {

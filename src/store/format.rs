@@ -20,6 +20,7 @@ use crate::store::{
 
 pub(super) const SESSION_BYTES: usize = 12;
 pub(super) const MESSAGE_ID_BYTES: usize = 14;
+pub(super) const PACKET_ID_BYTES: usize = 2;
 const CHUNK_HEADER_BYTES: usize = 12;
 /// An entry without identifiers and message.
 const ENTRY_BYTES_MIN: usize = MESSAGE_ID_BYTES + 1 + 4;
@@ -68,8 +69,11 @@ pub(super) fn read_inbox_key(key: &[u8]) -> Result<(SessionId, MessageId), Store
 }
 
 /// The key of an exchange, and of an identifier that awaits its PUBREL.
-pub(super) fn packet_key(session: SessionId, packet_id: PacketId) -> [u8; SESSION_BYTES + 2] {
-    let mut key = [0; SESSION_BYTES + 2];
+pub(super) fn packet_key(
+    session: SessionId,
+    packet_id: PacketId,
+) -> [u8; SESSION_BYTES + PACKET_ID_BYTES] {
+    let mut key = [0; SESSION_BYTES + PACKET_ID_BYTES];
     let mut rest = &mut key[..];
     rest.put_slice(&session.0);
     rest.put_u16(packet_id.get());

@@ -135,6 +135,14 @@ pub(crate) struct LogPosition {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct SessionId(pub(crate) [u8; 12]);
 
+impl SessionId {
+    pub(crate) fn random() -> Self {
+        let mut id = [0; 12];
+        getrandom::fill(&mut id).expect("the system has random numbers");
+        Self(id)
+    }
+}
+
 /// Where a message stands among all messages: the key order of every inbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct MessageId {

@@ -269,7 +269,12 @@ async fn an_interrupted_copy_is_not_served_and_begins_anew() {
     let inbox = inbox.collection::<Document>("inbox");
 
     let mut copying = source.spawn_copy_to(&database.through(&proxy));
-    while inbox.find_one(doc! {}).await.unwrap().is_none() {
+    while inbox
+        .find_one(doc! { "milestone": null })
+        .await
+        .unwrap()
+        .is_none()
+    {
         sleep(POLL_PAUSE).await;
     }
     copying.kill();

@@ -357,12 +357,15 @@ impl Database {
         Self::on(uri.expect("`./test` sets MIDGE_TEST_MONGODB_URI"))
     }
 
-    /// Documents in a collection.
+    /// Documents in a collection, without milestones.
     pub(crate) async fn count(&self, collection: &str) -> u64 {
         let client = Client::with_uri_str(&self.uri).await.unwrap();
         let database = client.database(&self.name);
         let documents = database.collection::<Document>(collection);
-        documents.count_documents(doc! {}).await.unwrap()
+        documents
+            .count_documents(doc! { "milestone": null })
+            .await
+            .unwrap()
     }
 
     /// Drops it, with all that is in it.

@@ -31,6 +31,7 @@ const PAGE_DOCUMENTS: i64 = 1000;
 
 const DUPLICATE_KEY: i32 = 11_000;
 const NAMESPACE_EXISTS: i32 = 48;
+const MAX_TIME_EXPIRED: i32 = 50;
 /// What an update would make of a document, or of an answer, is beyond 16 MiB.
 const TOO_LARGE: [i32; 3] = [10_334, 17_419, 17_420];
 /// Codes of what stays as it is until somebody mends it: no such user, no right, no such command or
@@ -74,6 +75,8 @@ pub(super) enum Failure {
     Exists,
     /// The document of this statement would become larger than a document may be.
     TooLarge(usize),
+    /// The server did not come to an end in the time that it was given.
+    TooSlow,
     Store(StoreError),
 }
 
@@ -181,21 +184,32 @@ impl Commands {
 
     /// The first documents that `query` asks for: as many as one answer holds.
     pub(super) async fn find(&self, query: Query) -> Result<Vec<RawDocumentBuf>, StoreError> {
-        self.first_batch(query.into_command()).await
+        let found = self.first_batch(query.into_command()).await;
+        found.map_err(StoreError::from)
     }
 
-    /// As much of what a command has a cursor for as one answer holds.
-    pub(super) async fn first_batch(
+    /// The same, unless the server has to look for them for longer than `time`.
+    pub(super) async fn find_within(
         &self,
-        command: RawDocumentBuf,
-    ) -> Result<Vec<RawDocumentBuf>, StoreError> {
+        time: Duration,
+        query: Query,
+    ) -> Result<Option<Vec<RawDocumentBuf>>, StoreError> {
+        let mut command = query.into_command();
+        command.append(cstr!("maxTimeMS"), time.as_millis() as i64);
+        match self.first_batch(command).await {
+            Err(Failure::TooSlow) => Ok(None),
+            found => Ok(Some(found?)),
+        }
+    }
+
+    async fn first_batch(&self, command: RawDocumentBuf) -> Result<Vec<RawDocumentBuf>, Failure> {
         let database = self.database.clone();
         let batch = async move {
             let mut cursor = database.run_raw_cursor_command(command).batch().await?;
             cursor.next().await.transpose()
         };
-        match self.finish(batch).await.map_err(StoreError::from)? {
-            Some(batch) => documents(&batch),
+        match self.finish(batch).await? {
+            Some(batch) => Ok(documents(&batch)?),
             None => Ok(Vec::new()),
         }
     }
@@ -307,6 +321,7 @@ impl Commands {
             _ if AGAIN.iter().any(|label| error.contains_label(label)) => {
                 StoreError::Unavailable(error_text()).into()
             }
+            ErrorKind::Command(command) if command.code == MAX_TIME_EXPIRED => Failure::TooSlow,
             ErrorKind::Command(command) => self.by_code(command.code, &command.message).into(),
             ErrorKind::Write(WriteFailure::WriteConcernError(_))
             | ErrorKind::Io(_)
@@ -361,6 +376,7 @@ impl From<Failure> for StoreError {
         match failure {
             Failure::Store(error) => error,
             Failure::TooLarge(_) => Self::Io("a document is too large".to_owned()),
+            Failure::TooSlow => Self::Unavailable("it took the server too long".to_owned()),
             Failure::Conflict => Self::Unavailable("others write to the same documents".to_owned()),
             Failure::Exists | Failure::Duplicate => {
                 Self::Unavailable("the key is taken".to_owned())

@@ -1,6 +1,7 @@
 //! What the documents of each collection look like, and how they are read.
 //!
-//! Keys are binary and begin with the [`SessionId`], so that a range of them is a session's.
+//! Keys are binary and begin with the [`SessionId`], so that a range of them is a session's. Among
+//! the documents of `inbox`, `out2` and `q2in` are [`milestones`](super::milestones): `_id`, `milestone`.
 //!
 //! | collection | document |
 //! |---|---|

@@ -1,22 +1,28 @@
 //! How much there is of everything, roughly and cheaply: what the server counts anyway, an index, and a
 //! sample.
 
-use bson::rawdoc;
+use std::time::Duration;
 
-use super::MongoStore;
-use super::commands::{array, integer};
+use bson::{cstr, rawdoc};
+
+use super::commands::{Query, binary, integer};
 use super::documents::{INBOX, RETAINED, SESSIONS, read_chunk};
-use crate::store::StoreError;
+use super::{MongoStore, milestones};
+use crate::store::{MessageId, SessionId, StoreError, format};
 
 /// Chunks of inboxes that are looked into. All of them, if there are not more.
 const SAMPLE_CHUNKS: i64 = 100;
+
+/// How long the server may look for them. There may be few among many that have been deleted.
+const SAMPLE_TIME: Duration = Duration::from_millis(50);
 
 /// What is in the store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Estimates {
     pub(crate) sessions_online: u64,
     pub(crate) sessions_offline: u64,
-    /// In inboxes. Of many, as many as the chunks would hold if all were like those of a sample.
+    /// In inboxes. Of many, as many as the chunks would hold if all were like those of a sample, or
+    /// had one each if that took too long to find.
     pub(crate) messages: u64,
     /// Those that have expired and are not yet removed included.
     pub(crate) retained: u64,
@@ -42,7 +48,9 @@ impl MongoStore {
         Ok(Estimates {
             sessions_online: online,
             sessions_offline: sessions.saturating_sub(online),
-            messages: self.messages_in(chunks).await?,
+            messages: self
+                .messages_in(chunks.saturating_sub(milestones::MILESTONES.into()))
+                .await?,
             retained,
             retained_bytes: self.bytes_of(RETAINED).await?,
         })
@@ -69,20 +77,35 @@ impl MongoStore {
         if chunks == 0 {
             return Ok(0);
         }
-        let sample = rawdoc! { "$sample": { "size": SAMPLE_CHUNKS } };
-        let aggregate = rawdoc! {
-            "aggregate": INBOX,
-            "pipeline": array([sample]),
-            "cursor": { "batchSize": SAMPLE_CHUNKS as i32 },
+        let Some((sampled, messages)) = self.sample().await? else {
+            return Ok(chunks);
         };
-        let (mut sampled, mut messages) = (0, 0);
-        for document in self.commands.first_batch(aggregate).await? {
-            sampled += 1;
-            messages += read_chunk(&document)?.entries.len() as u64;
-        }
         if sampled == 0 {
             return Ok(0);
         }
         Ok(messages * chunks.max(sampled) / sampled)
+    }
+
+    /// Chunks behind a random place among the inboxes, and before it if there are too few, and the
+    /// messages that they have; `None` if they are too hard to find.
+    async fn sample(&self) -> Result<Option<(u64, u64)>, StoreError> {
+        let begin = binary(format::inbox_key(SessionId::random(), MessageId::MIN));
+        let (mut sampled, mut messages) = (0, 0);
+        for range in [rawdoc! { "$gte": begin.clone() }, rawdoc! { "$lt": begin }] {
+            let mut wanted = milestones::except();
+            wanted.append(cstr!("_id"), range);
+            let wanted = Query::new(INBOX, wanted).limit(SAMPLE_CHUNKS - sampled);
+            let Some(found) = self.commands.find_within(SAMPLE_TIME, wanted).await? else {
+                return Ok(None);
+            };
+            for document in found {
+                sampled += 1;
+                messages += read_chunk(&document)?.entries.len() as u64;
+            }
+            if sampled == SAMPLE_CHUNKS {
+                break;
+            }
+        }
+        Ok(Some((sampled.unsigned_abs(), messages)))
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bson::raw::RawDocumentBuf;
-use bson::{RawBson, rawdoc};
+use bson::{RawBson, cstr, rawdoc};
 use hashbrown::HashMap;
 
 use super::commands::{Query, Verb, binary, delete, update};
@@ -17,7 +17,7 @@ use super::documents::{
     AWAITING, Document, EXCHANGES, GARBAGE, INBOX, META, NODES, RETAINED, SESSIONS, SUBLOG,
     read_chunk, unix_ms,
 };
-use super::{MongoOptions, MongoStore, PAGE_CHUNKS, schema};
+use super::{MongoOptions, MongoStore, PAGE_CHUNKS, milestones, schema};
 use crate::store::{Chunk, MessageId, SessionId, StoreError, format};
 
 /// The document in `meta`. `filling` is false until it is certain that nobody else is there.
@@ -112,12 +112,11 @@ impl MongoStore {
         &self,
         after: Option<(SessionId, MessageId)>,
     ) -> Result<Vec<(SessionId, Chunk)>, StoreError> {
-        let keys = match after {
-            Some((session, key)) => {
-                rawdoc! { "_id": { "$gt": binary(format::inbox_key(session, key)) } }
-            }
-            None => RawDocumentBuf::new(),
-        };
+        let mut keys = milestones::except();
+        if let Some((session, key)) = after {
+            let after = binary(format::inbox_key(session, key));
+            keys.append(cstr!("_id"), rawdoc! { "$gt": after });
+        }
         let page = Query::new(INBOX, keys).limit(PAGE_CHUNKS);
         let mut chunks = Vec::new();
         for document in self.commands.find(page).await? {
@@ -150,7 +149,7 @@ impl MongoStore {
         if !is_partial {
             for (collection, filter, what) in [
                 (SESSIONS, RawDocumentBuf::new(), "sessions"),
-                (INBOX, RawDocumentBuf::new(), "messages"),
+                (INBOX, milestones::except(), "messages"),
                 (
                     RETAINED,
                     rawdoc! { "b": { "$ne": RawBson::Null } },

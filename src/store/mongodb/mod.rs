@@ -16,6 +16,7 @@ mod groups;
 mod held;
 mod import;
 mod log;
+mod milestones;
 mod nodes;
 mod open;
 mod resume;
@@ -238,8 +239,7 @@ impl MongoStore {
     pub(crate) async fn load_sessions(&self) -> Result<Stored, StoreError> {
         let mut stored = Stored::default();
         let mut places = HashMap::new();
-        let everything = RawDocumentBuf::new;
-        let sessions = Query::new(SESSIONS, everything());
+        let sessions = Query::new(SESSIONS, RawDocumentBuf::new());
         self.commands
             .for_each(sessions, |document| {
                 let document = SessionDocument::read(document)?;
@@ -257,7 +257,7 @@ impl MongoStore {
             })
             .await?;
         self.commands
-            .for_each(Query::new(EXCHANGES, everything()), |document| {
+            .for_each(Query::new(EXCHANGES, milestones::except()), |document| {
                 let (session, exchange) = read_exchange(document)?;
                 if let Some(place) = places.get(&session) {
                     stored.last_hlc = stored.last_hlc.max(exchange.message.hlc);
@@ -267,7 +267,7 @@ impl MongoStore {
             })
             .await?;
         self.commands
-            .for_each(Query::new(AWAITING, everything()), |document| {
+            .for_each(Query::new(AWAITING, milestones::except()), |document| {
                 let (session, packet_id) = read_awaiting_key(document)?;
                 if let Some(place) = places.get(&session) {
                     stored.sessions[*place].awaiting_release.push(packet_id);
@@ -284,9 +284,8 @@ impl MongoStore {
         let places: HashMap<_, _> = sessions
             .map(|(place, stored)| (stored.record.session, place))
             .collect();
-        let everything = RawDocumentBuf::new();
         self.commands
-            .for_each(Query::new(INBOX, everything), |document| {
+            .for_each(Query::new(INBOX, milestones::except()), |document| {
                 let fields = Document::new("a chunk", document);
                 let (session, key) = format::read_inbox_key(fields.required_bytes("_id")?)?;
                 if let Some(place) = places.get(&session) {

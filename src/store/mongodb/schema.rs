@@ -11,6 +11,7 @@ use super::documents::{
     AWAITING, Document, EXCHANGES, GARBAGE, INBOX, META, NODES, RETAINED, SESSIONS, SUBLOG,
 };
 use super::log::LOG_SECONDS;
+use super::milestones;
 use crate::store::StoreError;
 
 /// Raised when an older midge could no longer work with what this one writes.
@@ -83,6 +84,7 @@ pub(super) async fn prepare(commands: &Commands) -> Result<(), StoreError> {
         };
         commands.run(create).await?;
     }
+    milestones::put_up(commands).await?;
     // Last: whoever finds it finds everything else as well.
     let version = rawdoc! { "$setOnInsert": { "version": SCHEMA } };
     let version = update(rawdoc! { "_id": "schema" }, version, true);

@@ -1466,8 +1466,32 @@ async fn garbage_of_an_ended_session_is_collected() {
 
     store.collect_garbage().await.unwrap();
     for collection in [INBOX, EXCHANGES, AWAITING] {
-        let rows = Query::new(collection, bson::rawdoc! {});
+        let rows = Query::new(collection, milestones::except());
         assert_eq!(store.commands.find(rows).await.unwrap().len(), 1);
     }
     assert_eq!(gc.count_documents(bson::doc! {}).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_milestone_stands_behind_every_session() {
+    let fixture = MongoFixture::new().await;
+    for (collection, range) in [
+        (INBOX, documents::all_of as fn(SessionId) -> RawDocumentBuf),
+        (EXCHANGES, documents::packets_of),
+        (AWAITING, documents::packets_of),
+    ] {
+        for first in [0, 0x0F, 0x10, 0x7FFF, 0xFFEF_u16] {
+            let mut session = SessionId::random();
+            session.0[..2].copy_from_slice(&first.to_be_bytes());
+            let range = range(session);
+            let end = range.get_document("_id").unwrap().get("$lte").unwrap();
+            let behind = bson::rawdoc! { "_id": { "$gt": bson::RawBson::from(end.unwrap()) } };
+            let next = Query::new(collection, behind).limit(1);
+            let next = fixture.store.commands.find(next).await.unwrap().remove(0);
+
+            let key = next.get_binary("_id").unwrap().bytes;
+            assert_eq!(key[..2], ((first | 0x0F) + 1).to_be_bytes(), "{collection}");
+            assert!(next.get_bool("milestone").unwrap());
+        }
+    }
 }

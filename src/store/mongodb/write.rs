@@ -303,7 +303,9 @@ impl MongoStore {
                     self.read_own_log_position().await?;
                 }
                 Err(Refusal::Failure(Failure::Conflict | Failure::Exists)) => {}
-                Err(Refusal::Failure(failure @ (Failure::Store(_) | Failure::TooLarge(_)))) => {
+                Err(Refusal::Failure(
+                    failure @ (Failure::Store(_) | Failure::TooLarge(_) | Failure::TooSlow),
+                )) => {
                     return Err(failure.into());
                 }
             }
