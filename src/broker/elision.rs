@@ -561,4 +561,34 @@ mod tests {
         assert_eq!(one.receive().await, waiting.key);
         assert!(!one.mailbox.push_offered(&gone, Arrival::NONE));
     }
+
+    /// Its node says so when this one is behind.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_only_told_of_is_read_before_what_is_handed_on_after_it() {
+        let running = Running::start();
+        let mut one = running.client(1).await;
+        let chunks = {
+            let mut additions = running.node.flusher.add();
+            [0; 4].map(|_| chunk(additions.next_id()))
+        };
+        for chunk in &chunks {
+            let written = running.node.flusher.persist(Change::Enqueue {
+                session: one.mailbox.session,
+                chunk: chunk.clone(),
+                guard: None,
+            });
+            running.node.flusher.durable(written).await.unwrap();
+        }
+
+        let [first, second, third, fourth] = &chunks;
+        one.mailbox.read_committed(first.key);
+        one.mailbox.push_committed(second, Arrival::NONE);
+        one.mailbox.read_committed(third.key);
+        for chunk in [first, second, third] {
+            assert_eq!(one.receive().await, chunk.key);
+        }
+        one.mailbox.read_committed(third.key);
+        one.mailbox.push_committed(fourth, Arrival::NONE);
+        assert_eq!(one.receive().await, fourth.key, "none comes twice");
+    }
 }

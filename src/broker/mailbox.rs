@@ -609,8 +609,16 @@ impl Mailbox {
     /// Puts in a chunk that is in the store already: one that another node wrote, or that had to wait
     /// until it was certain.
     pub(super) fn push_committed(&self, chunk: &Chunk, arrival: Arrival) {
+        self.add_committed(chunk.key, Some((chunk, arrival)));
+    }
+
+    /// A chunk is in the store that another node wrote and did not send: it has to be read.
+    pub(super) fn read_committed(&self, key: MessageId) {
+        self.add_committed(key, None);
+    }
+
+    fn add_committed(&self, key: MessageId, chunk: Option<(&Chunk, Arrival)>) {
         let mut state = self.state.lock();
-        let key = chunk.key;
         let is_offered = state.inbox.undecided.contains_key(&key);
         if !state.attached || is_offered || state.inbox.finished.contains(&key) {
             return;
@@ -634,13 +642,17 @@ impl Mailbox {
         if state.inbox.chunks.contains_key(&key) {
             return;
         }
-        if self.fits(&state) {
-            self.hold_chunk(&mut state, chunk, arrival);
-        } else {
-            let bytes: usize = chunk.entries.iter().map(|entry| entry.message.len()).sum();
-            state.inbox.messages += chunk.entries.len() as u64;
-            state.inbox.bytes += bytes as u64;
-            state.spill(self.session, key, self.shared);
+        match chunk {
+            Some((chunk, arrival)) if self.fits(&state) => {
+                self.hold_chunk(&mut state, chunk, arrival);
+            }
+            _ => {
+                let entries = chunk.map_or(&[][..], |(chunk, _)| &chunk.entries);
+                let bytes: usize = entries.iter().map(|entry| entry.message.len()).sum();
+                state.inbox.messages += entries.len() as u64;
+                state.inbox.bytes += bytes as u64;
+                state.spill(self.session, key, self.shared);
+            }
         }
         let consumer = state.consumer_for_message();
         drop(state);

@@ -33,6 +33,11 @@ impl Node {
                     mailbox.push_committed(&chunk, arrival);
                 }
             }
+            Item::Stored { session, key } => {
+                if let Some(mailbox) = self.shared.mailbox(session) {
+                    mailbox.read_committed(key);
+                }
+            }
             Item::Pass {
                 session,
                 qos,

@@ -60,11 +60,13 @@ const GIVE: u8 = 20;
 const SETTLED: u8 = 21;
 const FIGURES: u8 = 22;
 const KICK: u8 = 23;
+const STORED: u8 = 24;
 const RING: u8 = 64;
 const WANT_MARK: u8 = 128;
 const BEAT: u8 = 129;
 const NACK: u8 = 130;
 const GONE: u8 = 131;
+const RECEIVED: u8 = 132;
 
 const DELIVERY_QOS: u8 = 0b0011;
 const DELIVERY_RETAIN: u8 = 0b0100;
@@ -118,6 +120,8 @@ pub(crate) enum Content {
 pub(crate) enum Item {
     /// Messages that were added to the inbox of a session that the receiver owns.
     Deliver { session: SessionId, chunk: Chunk },
+    /// The same, without the messages: the receiver is behind, and reads them from the store.
+    Stored { session: SessionId, key: MessageId },
     /// A message that waits in no inbox, for a session that the receiver owns.
     Pass {
         session: SessionId,
@@ -262,8 +266,12 @@ pub(crate) struct Seat {
 pub(crate) enum Signal {
     /// Asks for a frame once the receiver is durable up to this clock value.
     WantMark { hlc: u64 },
-    /// The last frame sent to each node that was sent any.
-    Beat { sent: Vec<(u32, u64)> },
+    Beat {
+        /// The last frame sent to each node that was sent any.
+        sent: Vec<(u32, u64)>,
+        /// The last frame from each node that was handed on, and all before it; 0 if none was.
+        received: Vec<(u32, u64)>,
+    },
     /// Asks for frames again, both ends included.
     Nack {
         stream: Stream,
@@ -276,6 +284,8 @@ pub(crate) enum Signal {
         first: u64,
         last: u64,
     },
+    /// The same as in a beat, to a node that may wait for it.
+    Received { last: u64 },
 }
 
 /// Bytes that are not a frame.
@@ -375,9 +385,11 @@ impl Item {
     pub(crate) fn traffic(&self) -> Traffic {
         match self {
             Self::Pass { .. } | Self::Publish { .. } => Traffic::Publish,
-            Self::Deliver { .. } | Self::Offer { .. } | Self::Give { .. } | Self::Ring { .. } => {
-                Traffic::Deliver
-            }
+            Self::Deliver { .. }
+            | Self::Stored { .. }
+            | Self::Offer { .. }
+            | Self::Give { .. }
+            | Self::Ring { .. } => Traffic::Deliver,
             Self::Decline { .. } | Self::Acknowledge { .. } | Self::Decide { .. } => {
                 Traffic::Elision
             }
@@ -408,6 +420,11 @@ impl Item {
                 to.put_u8(DELIVER);
                 to.put_slice(&session.0);
                 put_chunk(to, chunk);
+            }
+            Self::Stored { session, key } => {
+                to.put_u8(STORED);
+                to.put_slice(&session.0);
+                put_message_id(to, *key);
             }
             Self::Pass {
                 session,
@@ -605,12 +622,14 @@ impl Signal {
                 to.put_u8(WANT_MARK);
                 to.put_u64(*hlc);
             }
-            Self::Beat { sent } => {
+            Self::Beat { sent, received } => {
                 to.put_u8(BEAT);
-                put_length(to, sent.len());
-                for (node, sequence) in sent {
-                    to.put_u32(*node);
-                    to.put_u64(*sequence);
+                for numbers in [sent, received] {
+                    put_length(to, numbers.len());
+                    for (node, sequence) in numbers {
+                        to.put_u32(*node);
+                        to.put_u64(*sequence);
+                    }
                 }
             }
             Self::Nack {
@@ -623,6 +642,10 @@ impl Signal {
                 first,
                 last,
             } => put_range(to, GONE, *stream, *first, *last),
+            Self::Received { last } => {
+                to.put_u8(RECEIVED);
+                to.put_u64(*last);
+            }
         }
     }
 }
@@ -850,6 +873,10 @@ impl<'a> Reader<'a> {
         })
     }
 
+    fn numbers(&mut self) -> Option<Vec<(u32, u64)>> {
+        self.list(|reader| Some((reader.u32()?, reader.u64()?)))
+    }
+
     fn range(&mut self) -> Option<(Stream, u64, u64)> {
         let stream = Stream::from_bit(self.u8()? & FLAG_TO_ALL != 0);
         Some((stream, self.u64()?, self.u64()?))
@@ -861,6 +888,10 @@ impl<'a> Reader<'a> {
             DELIVER => Item::Deliver {
                 session: self.session()?,
                 chunk: self.chunk()?,
+            },
+            STORED => Item::Stored {
+                session: self.session()?,
+                key: self.message_id()?,
             },
             PASS => {
                 let session = self.session()?;
@@ -984,7 +1015,12 @@ impl<'a> Reader<'a> {
         let signal = match kind {
             WANT_MARK => Signal::WantMark { hlc: self.u64()? },
             BEAT => Signal::Beat {
-                sent: self.list(|reader| Some((reader.u32()?, reader.u64()?)))?,
+                sent: self.numbers()?,
+                received: match self.0 {
+                    // It was sent by a version that says nothing of it.
+                    [] => Vec::new(),
+                    _ => self.numbers()?,
+                },
             },
             NACK => {
                 let (stream, first, last) = self.range()?;
@@ -1002,6 +1038,7 @@ impl<'a> Reader<'a> {
                     last,
                 }
             }
+            RECEIVED => Signal::Received { last: self.u64()? },
             _ => return Some(None),
         };
         Some(Some(Content::Signal(signal)))
@@ -1162,6 +1199,7 @@ mod tests {
                     chunk: Chunk { key, entries },
                 }
             }),
+            (session(), message_id()).prop_map(|(session, key)| Item::Stored { session, key }),
             (session(), qos(), any::<bool>(), identifiers(), message()).prop_map(
                 |(session, qos, retain, subscription_identifiers, message)| Item::Pass {
                     session,
@@ -1238,11 +1276,16 @@ mod tests {
         any::<bool>().prop_map(Stream::from_bit)
     }
 
+    fn numbers() -> impl Strategy<Value = Vec<(u32, u64)>> {
+        vec(any::<(u32, u64)>(), 0..4)
+    }
+
     fn signal() -> impl Strategy<Value = Signal> {
         let range = || (stream(), any::<u64>(), any::<u64>());
         prop_oneof![
             any::<u64>().prop_map(|hlc| Signal::WantMark { hlc }),
-            vec(any::<(u32, u64)>(), 0..4).prop_map(|sent| Signal::Beat { sent }),
+            (numbers(), numbers()).prop_map(|(sent, received)| Signal::Beat { sent, received }),
+            any::<u64>().prop_map(|last| Signal::Received { last }),
             range().prop_map(|(stream, first, last)| Signal::Nack {
                 stream,
                 first,
@@ -1347,6 +1390,30 @@ mod tests {
             Content::Signal(Signal::WantMark { hlc: 9 }),
         ];
         assert_eq!(contents, expected);
+    }
+
+    #[test]
+    fn beat_of_an_earlier_version_says_nothing_of_what_was_received() {
+        let header = Header {
+            from: 7,
+            stream: Stream::All,
+            sequence: 1,
+            stamp: Stamp::default(),
+        };
+        let mut frame = begin();
+        put_sized(&mut frame, |to| {
+            to.put_u8(BEAT);
+            put_length(to, 1);
+            to.put_u32(8);
+            to.put_u64(9);
+        });
+
+        let contents = Frame::read(&seal(frame, header)).unwrap().contents;
+        let beat = Signal::Beat {
+            sent: vec![(8, 9)],
+            received: Vec::new(),
+        };
+        assert_eq!(contents, [Content::Signal(beat)]);
     }
 
     proptest! {

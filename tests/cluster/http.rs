@@ -90,7 +90,7 @@ async fn any_node_tells_of_the_whole_cluster() {
 }
 
 /// The value of a sample of `/metrics`.
-fn sample(address: SocketAddr, series: &str) -> Option<f64> {
+pub(crate) fn sample(address: SocketAddr, series: &str) -> Option<f64> {
     let (status, body) = ask(address, "GET", "/metrics").unwrap();
     assert_eq!(status, 200, "{body}");
     let line = body.lines().find(|line| {
@@ -150,7 +150,7 @@ async fn a_node_of_a_cluster_has_metrics_of_the_bus_and_of_its_peers() {
     wait_for_at_least(http[0], takeovers, 1.0).await;
 }
 
-async fn wait_for_at_least(address: SocketAddr, series: &str, at_least: f64) {
+pub(crate) async fn wait_for_at_least(address: SocketAddr, series: &str, at_least: f64) {
     let end = Instant::now() + DEADLINE;
     loop {
         let value = sample(address, series);

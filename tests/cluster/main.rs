@@ -43,6 +43,7 @@ mod workload;
 
 mod balancer;
 mod copy;
+mod credit;
 mod elision;
 mod errors;
 mod failpoints;

@@ -184,7 +184,12 @@ impl Node {
         self.enter();
     }
 
-    /// Lets it go on after it has stopped by itself: its clients have stayed.
+    /// Stops it in the middle of whatever it does. Its clients stay.
+    pub(crate) fn freeze_in_place(&self) {
+        self.process.freeze();
+    }
+
+    /// Lets it go on after [`Node::freeze_in_place`], or after it has stopped by itself.
     pub(crate) fn thaw_in_place(&self) {
         self.process.thaw();
     }

@@ -3,6 +3,8 @@
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Command, Stdio};
 
+use redis::aio::MultiplexedConnection;
+
 use crate::lines::Lines;
 use crate::mongod::Database;
 use crate::node::{Cluster, Settings};
@@ -44,6 +46,23 @@ impl Redis {
         self.process = spawn(self.port);
     }
 
+    /// Has it end the connections of those who listen and for whom more than this waits.
+    pub(crate) async fn limit_listeners(&self, mebibytes: u32) {
+        let limit = format!("pubsub {mebibytes}mb 0 0");
+        let set = redis::cmd("CONFIG")
+            .arg(&["SET", "client-output-buffer-limit", &limit])
+            .to_owned();
+        let () = set.query_async(&mut self.connect().await).await.unwrap();
+    }
+
+    /// Whether it has done so, to anyone.
+    pub(crate) fn has_ended_slow_connections(&self) -> bool {
+        let lines = self.process.log().so_far();
+        lines
+            .iter()
+            .any(|line| line.contains("output buffer limits"))
+    }
+
     /// Ends the connections of all who listen, as Redis itself does with those who are too slow.
     pub(crate) async fn cut_off_listeners(&self) {
         assert!(self.try_cut_off_listeners().await > 0);
@@ -54,13 +73,16 @@ impl Redis {
         self.try_cut_off_listeners().await;
     }
 
-    async fn try_cut_off_listeners(&self) -> u32 {
+    async fn connect(&self) -> MultiplexedConnection {
         let client = redis::Client::open(format!("redis://{}", self.address())).unwrap();
-        let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+        client.get_multiplexed_async_connection().await.unwrap()
+    }
+
+    async fn try_cut_off_listeners(&self) -> u32 {
         let kill = redis::cmd("CLIENT")
             .arg(&["KILL", "TYPE", "pubsub"])
             .to_owned();
-        kill.query_async(&mut connection).await.unwrap()
+        kill.query_async(&mut self.connect().await).await.unwrap()
     }
 }
 

@@ -144,6 +144,21 @@ impl Client {
         }
     }
 
+    /// Waits until the broker has taken over the next message that was sent with QoS 1.
+    pub(crate) async fn acknowledged(&mut self, packet_id: u16) -> io::Result<()> {
+        loop {
+            match self.receive().await? {
+                Packet::Answer(Answer::PubAck, id, reason) => {
+                    assert!(reason < 0x80, "PUBACK with reason {reason:#x}");
+                    assert_eq!(id, packet_id);
+                    return Ok(());
+                }
+                Packet::Publish(_) => {}
+                other => panic!("instead of PUBACK came {other:?}"),
+            }
+        }
+    }
+
     /// Waits until the broker has handled all that was sent before; returns the messages that came.
     pub(crate) async fn ping(&mut self) -> io::Result<Vec<Publish>> {
         self.send(&PINGREQ).await?;

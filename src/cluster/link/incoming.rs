@@ -97,6 +97,11 @@ impl Incoming {
         self.last = self.last.max(sequence);
     }
 
+    /// The last frame that was taken out, or will not come; 0 if none was.
+    pub(super) fn done(&self) -> u64 {
+        self.next.map_or(0, |next| next - 1)
+    }
+
     /// Whether every frame up to this one was taken out.
     pub(super) fn is_complete(&self, sequence: u64) -> bool {
         self.next.is_some_and(|next| next > sequence)

@@ -6,8 +6,8 @@
 //! the store. There is an order within a stream, and none between two.
 //!
 //! Everything waits in [`outgoing`] for [`Links::send_frames`], which sends what has gathered while
-//! the bus carried the last frames. [`receiver`] is the other end; [`marks`] is how far the other
-//! nodes are.
+//! the bus carried the last frames, and no more than the other end keeps up with. [`receiver`] is that
+//! other end; [`marks`] is how far the other nodes are.
 
 mod incoming;
 mod marks;
@@ -33,10 +33,11 @@ use tokio_util::sync::CancellationToken;
 use crate::bus::wire::{self, Header, Item, Signal, Stamp, Stream};
 use crate::bus::{Bus, Destination};
 use crate::metrics::{Arrival, BusFailure, By, Counter, Histogram, Traffic};
+use crate::mqtt::QoS;
 
 pub(crate) use marks::Marks;
 
-use outgoing::Outgoing;
+use outgoing::{Outgoing, Room};
 use receiver::Receiver;
 
 /// How often a node says that it is there, and how far it is.
@@ -87,6 +88,8 @@ pub(crate) struct Links {
     bus: Arc<dyn Bus>,
     clock: Arc<dyn Clock>,
     sending: Mutex<Sending>,
+    /// The last frame of the stream from each other node that was handed on, and all before it.
+    handed_on: Mutex<HashMap<u32, u64>>,
     carriage: watch::Sender<Carriage>,
     /// There may be something to send.
     work: Notify,
@@ -113,7 +116,7 @@ struct Sending {
 
 /// How far the bus is.
 struct Carriage {
-    /// So much of what was added has been given to it.
+    /// So much of what was added has been given to it, but for what nobody waits for, or dropped.
     carried: u64,
     is_failing: bool,
 }
@@ -139,6 +142,10 @@ pub(crate) struct Counters {
     pub(crate) gaps: Counter,
     /// Times that they could not be had.
     pub(crate) lost: Counter,
+    /// Times that a node was so far behind that messages to it were held back or left out.
+    pub(crate) stalls: Counter,
+    /// Messages for sessions without an inbox that were dropped for that reason.
+    pub(crate) dropped: By<QoS, Counter>,
     pub(crate) duplicates: Counter,
     pub(crate) malformed: Counter,
     pub(crate) failures: By<BusFailure, Counter>,
@@ -163,6 +170,7 @@ impl Links {
                 beat: None,
                 added: 0,
             }),
+            handed_on: Mutex::default(),
             // Until frames are sent.
             carriage: watch::Sender::new(Carriage {
                 carried: 0,
@@ -182,20 +190,22 @@ impl Links {
         self.carriage
             .send_modify(|carriage| carriage.is_failing = false);
         loop {
-            let (frames, added) = self.seal();
-            if !frames.is_empty() {
+            let is_ending = stop.is_cancelled();
+            let (frames, carried) = self.seal(is_ending);
+            let is_idle = frames.is_empty();
+            if !is_idle {
                 self.counters.frames_sent.add(frames.len() as u64);
                 let bytes: usize = frames.iter().map(|(_, frame)| frame.len()).sum();
                 self.counters.bytes_sent.add(bytes as u64);
                 self.carry(frames, stop).await;
             }
-            let is_idle = self.carriage.borrow().carried == added;
-            self.carriage
-                .send_modify(|carriage| carriage.carried = added);
+            self.carriage.send_if_modified(|carriage| {
+                std::mem::replace(&mut carriage.carried, carried) != carried
+            });
             if !is_idle {
                 continue;
             }
-            if stop.is_cancelled() {
+            if is_ending {
                 break;
             }
             let next_beat = self.sending.lock().next_beat;
@@ -228,6 +238,8 @@ impl Links {
                     });
                     if recovered {
                         tracing::info!(event = "bus_recovered");
+                        let direct = &mut self.sending.lock().direct;
+                        direct.values_mut().for_each(Outgoing::hold_anew);
                     }
                     return;
                 }
@@ -268,6 +280,12 @@ impl Links {
     /// How often the bus has made a connection anew.
     pub(crate) fn bus_reconnects(&self) -> u64 {
         self.bus.reconnects()
+    }
+
+    /// Bytes for single other nodes that these have not said to have handed on.
+    pub(crate) fn pending_bytes(&self) -> usize {
+        let sending = self.sending.lock();
+        sending.direct.values().map(Outgoing::pending_bytes).sum()
     }
 
     pub(crate) fn counters(&self) -> &Counters {
@@ -311,16 +329,19 @@ impl Links {
     }
 
     /// Queues an item, without waiting. When the bus does not keep up, the oldest are left out and
-    /// the other end learns that they are lost.
+    /// the other end learns that they are lost. When the other end does not, messages are held back,
+    /// and dropped if they are in no inbox.
     pub(crate) fn send(&self, to: Destination, item: &Item) {
         self.counters.sent.of(item.traffic()).inc();
-        self.add(to, |frame| item.put(frame));
+        self.add(to, |outgoing, number, room| {
+            outgoing.send(item, number, room, &self.counters)
+        });
     }
 
     /// Asks all nodes to say when they are durable up to `hlc`, instead of at their next beat.
     pub(crate) fn want_marks(&self, hlc: u64) {
-        self.add(Destination::All, |frame| {
-            Signal::WantMark { hlc }.put(frame)
+        self.add(Destination::All, |outgoing, _, room| {
+            outgoing.add(room.bytes_max, |frame| Signal::WantMark { hlc }.put(frame))
         });
     }
 
@@ -356,6 +377,8 @@ impl Links {
             sending.direct.remove(&node);
         }
         drop(sending);
+        // Nothing that was held back for them is waited for.
+        self.work.notify_one();
         self.membership_changed.notify_one();
     }
 
@@ -372,18 +395,34 @@ impl Links {
         self.membership.lock().gone.contains(&node)
     }
 
-    fn add(&self, to: Destination, put: impl FnOnce(&mut Vec<u8>)) {
+    fn add(&self, to: Destination, add: impl FnOnce(&mut Outgoing, u64, Room) -> bool) {
         if matches!(to, Destination::Node(node) if node == self.node || self.is_gone(node)) {
             return;
         }
         let mut sending = self.sending.lock();
         sending.added += 1;
-        let bytes_max = sending.stream_bytes_max();
-        if !sending.outgoing(to).add(bytes_max, put) {
+        let (number, room) = (sending.added, sending.room());
+        if !add(sending.outgoing(to), number, room) {
             self.counters.failures.of(BusFailure::LeftOut).inc();
         }
         drop(sending);
         self.work.notify_one();
+    }
+
+    /// Another node has handed on what it was sent directly, up to this frame.
+    fn confirm(&self, node: u32, last: u64) {
+        let mut sending = self.sending.lock();
+        // While it is locked, or a stream to a node that is gone would begin again.
+        if self.is_gone(node) {
+            return;
+        }
+        let outgoing = sending.outgoing(Destination::Node(node));
+        outgoing.confirm(last);
+        let has_held = outgoing.has_held();
+        drop(sending);
+        if has_held {
+            self.work.notify_one();
+        }
     }
 
     /// Says something outside of streams: nobody asks for it again if it is lost.
@@ -438,12 +477,18 @@ impl Links {
         self.work.notify_one();
     }
 
-    /// Everything that waits to be sent, and how much was added until now.
-    fn seal(&self) -> (Vec<(Destination, Bytes)>, u64) {
+    /// Everything that is to be sent, and how much of what was added is carried then. In the end nothing
+    /// is held back.
+    fn seal(&self, is_ending: bool) -> (Vec<(Destination, Bytes)>, u64) {
         // Before anything is taken out: all that had to be said of what is durable is there.
         let stamp = self.clock.stamp();
         let now = Instant::now();
         let mut sending = self.sending.lock();
+        let credit = if is_ending {
+            usize::MAX
+        } else {
+            sending.room().credit
+        };
         let Sending {
             all,
             direct,
@@ -458,7 +503,18 @@ impl Links {
             .drain(..)
             .map(|(node, frame)| (Destination::Node(node), frame))
             .collect();
+        let mut carried = *added;
         for (node, outgoing) in direct.iter_mut() {
+            if outgoing.take_up(credit, &self.counters) {
+                tracing::warn!(
+                    event = "node_behind",
+                    node,
+                    "messages that wait in no inbox are dropped until it has caught up"
+                );
+            }
+            if let Some(awaited) = outgoing.first_awaited() {
+                carried = carried.min(awaited - 1);
+            }
             let sealed = outgoing.seal(self.node, stamp).into_iter();
             frames.extend(sealed.map(|frame| (Destination::Node(*node), frame)));
         }
@@ -470,12 +526,15 @@ impl Links {
                 .iter()
                 .map(|(node, outgoing)| (*node, outgoing.last()))
                 .collect();
-            all.add(STREAM_BYTES_MAX, |frame| Signal::Beat { sent }.put(frame));
+            let received = self.handed_on.lock();
+            let received = received.iter().map(|(node, last)| (*node, *last)).collect();
+            let signal = Signal::Beat { sent, received };
+            all.add(STREAM_BYTES_MAX, |frame| signal.put(frame));
             *beat = Some((all.last(), now));
         }
         let sealed = all.seal(self.node, stamp).into_iter();
         frames.extend(sealed.map(|frame| (Destination::All, frame)));
-        (frames, *added)
+        (frames, carried)
     }
 }
 
@@ -487,8 +546,12 @@ impl Sending {
         }
     }
 
-    fn stream_bytes_max(&self) -> usize {
-        STREAM_BYTES_MAX.min(BYTES_MAX / (self.direct.len() + 1))
+    fn room(&self) -> Room {
+        let nodes = self.direct.len();
+        Room {
+            bytes_max: STREAM_BYTES_MAX.min(BYTES_MAX / (nodes + 1)),
+            credit: outgoing::credit(nodes),
+        }
     }
 
     /// Returns whether there was room.

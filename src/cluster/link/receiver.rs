@@ -8,10 +8,14 @@ use tokio::time::{self, Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::incoming::{Incoming, NACK_INTERVAL, Repair};
-use super::{Handler, Links};
+use super::{Handler, Links, outgoing};
 use crate::bus::INTERRUPTION;
 use crate::bus::wire::{Content, Frame, Header, Signal, Stream};
 use crate::metrics::Arrival;
+
+/// The part of a node's credit after which it is told that it has it back. So it never waits for the
+/// next beat.
+const CREDIT_PART: usize = 8;
 
 pub(super) struct Receiver<'a> {
     links: &'a Links,
@@ -25,6 +29,8 @@ pub(super) struct Receiver<'a> {
 struct Peer {
     direct: Incoming,
     all: Incoming,
+    /// Bytes of frames to this node that were handed on since the node was told so.
+    untold: usize,
 }
 
 impl Peer {
@@ -121,6 +127,7 @@ impl<'a> Receiver<'a> {
             } else {
                 Incoming::from_now()
             },
+            untold: 0,
         })
     }
 
@@ -130,6 +137,9 @@ impl<'a> Receiver<'a> {
         for stream in [Stream::All, Stream::Direct] {
             loop {
                 while let Some(frame) = self.peer(from).stream(stream).pop() {
+                    if stream == Stream::Direct {
+                        self.peer(from).untold += frame.bytes;
+                    }
                     self.perform(frame);
                 }
                 match self.peer(from).stream(stream).repair(Instant::now()) {
@@ -153,6 +163,22 @@ impl<'a> Receiver<'a> {
                 }
             }
         }
+        self.tell_done(from);
+    }
+
+    /// Notes how far it is, for the next beat, or says so at once.
+    fn tell_done(&mut self, from: u32) {
+        let part = outgoing::credit(self.peers.len()) / CREDIT_PART;
+        let peer = self.peer(from);
+        let last = peer.direct.done();
+        let is_due = peer.untold >= part;
+        if is_due {
+            peer.untold = 0;
+        }
+        self.links.handed_on.lock().insert(from, last);
+        if is_due {
+            self.links.signal(from, &Signal::Received { last });
+        }
     }
 
     fn perform(&mut self, frame: Frame) {
@@ -166,12 +192,16 @@ impl<'a> Receiver<'a> {
                     self.links.counters.received.of(item.traffic()).inc();
                     self.handler.receive(&header, arrival, item);
                 }
-                Content::Signal(Signal::Beat { sent }) => self.hear_beat(&header, &sent),
+                Content::Signal(Signal::Beat { sent, received }) => {
+                    self.hear_beat(&header, &sent, &received);
+                }
                 Content::Signal(Signal::WantMark { hlc }) => {
                     self.links.promise_mark(header.from, hlc);
                 }
                 // These stand outside of streams.
-                Content::Signal(Signal::Nack { .. } | Signal::Gone { .. }) => {}
+                Content::Signal(
+                    Signal::Nack { .. } | Signal::Gone { .. } | Signal::Received { .. },
+                ) => {}
             }
         }
         if header.stream == Stream::Direct {
@@ -181,13 +211,17 @@ impl<'a> Receiver<'a> {
 
     /// A beat goes to all; it counts as a mark for this node if nothing is missing of what was
     /// sent to it before.
-    fn hear_beat(&mut self, header: &Header, sent: &[(u32, u64)]) {
+    fn hear_beat(&mut self, header: &Header, sent: &[(u32, u64)], received: &[(u32, u64)]) {
         let node = self.links.node;
-        let last = sent
-            .iter()
-            .find_map(|(to, last)| (*to == node).then_some(*last));
+        let of_this_node = |numbers: &[(u32, u64)]| {
+            let of_this_node = |(of, last): &(u32, u64)| (*of == node).then_some(*last);
+            numbers.iter().find_map(of_this_node)
+        };
+        if let Some(last) = of_this_node(received) {
+            self.links.confirm(header.from, last);
+        }
         let direct = &mut self.peer(header.from).direct;
-        let last = last.unwrap_or(0);
+        let last = of_this_node(sent).unwrap_or(0);
         direct.know(last);
         if direct.is_complete(last) {
             self.links.marks.hear(header.from, header.stamp.durable_hlc);
@@ -210,6 +244,7 @@ impl<'a> Receiver<'a> {
                     self.lose(from);
                 }
             }
+            Signal::Received { last } => self.links.confirm(from, last),
             Signal::WantMark { .. } | Signal::Beat { .. } => {}
         }
     }
@@ -241,6 +276,7 @@ impl<'a> Receiver<'a> {
             .extract_if(|node, _| self.links.is_gone(*node))
             .collect();
         for (node, peer) in gone {
+            self.links.handed_on.lock().remove(&node);
             if peer.has_gap() {
                 self.lose(node);
             }

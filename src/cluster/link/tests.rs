@@ -578,3 +578,134 @@ async fn what_the_bus_refuses_is_sent_again_and_waited_for() {
 async fn a_bus_that_refuses_everything_is_not_waited_for() {
     assert!(!is_carried(u32::MAX).await);
 }
+
+/// A message of this size that waits in no inbox.
+fn publish(qos: QoS, bytes: usize) -> Item {
+    let payload = vec![0; bytes];
+    Item::Publish {
+        message: Message::new(MessageParts {
+            topic: "large",
+            qos,
+            payload: &payload,
+            ..MessageParts::default()
+        }),
+        publisher: "publisher".into(),
+    }
+}
+
+/// A node that sends to a bus, where nobody hears it, and has heard from node 2 how far it is.
+fn start_unheard() -> (Arc<Links>, CancellationToken, JoinHandle<()>) {
+    let refusals = AtomicU32::new(0);
+    let bus = Arc::new(RefusingBus { refusals });
+    let links = Arc::new(Links::new(1, bus, Arc::new(TestClock::default())));
+    links.confirm(2, 0);
+    let stop = CancellationToken::new();
+    let sending = tokio::spawn({
+        let (links, stop) = (links.clone(), stop.clone());
+        async move { links.send_frames(&stop).await }
+    });
+    (links, stop, sending)
+}
+
+#[tokio::test(start_paused = true)]
+async fn publishers_wait_for_a_node_that_is_behind_but_not_for_long_and_only_once() {
+    let (links, stop, sending) = start_unheard();
+    tokio::task::yield_now().await;
+    let begin = Instant::now();
+    let to = Destination::Node(2);
+    (0..6).for_each(|_| links.send(to, &publish(QoS::AtMostOnce, 1024 * 1024)));
+
+    assert!(links.carried().await);
+    assert_eq!(begin.elapsed(), Duration::ZERO, "nobody waits for QoS 0");
+    links.send(to, &publish(QoS::AtLeastOnce, 10));
+    assert!(links.carried().await);
+    let waited = begin.elapsed();
+    assert!(waited >= Duration::from_millis(500), "{waited:?}");
+    assert!(waited < CARRY_TIMEOUT, "{waited:?}");
+    assert_eq!(links.counters.dropped.of(QoS::AtLeastOnce).get(), 1);
+    links.send(to, &publish(QoS::AtLeastOnce, 10));
+    assert!(links.carried().await);
+    assert_eq!(begin.elapsed(), waited);
+    assert_eq!(links.counters.dropped.of(QoS::AtLeastOnce).get(), 2);
+
+    stop.cancel();
+    sending.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn publishers_go_on_as_soon_as_a_node_has_caught_up() {
+    let (links, stop, sending) = start_unheard();
+    tokio::task::yield_now().await;
+    let begin = Instant::now();
+    (0..6).for_each(|_| {
+        links.send(
+            Destination::Node(2),
+            &publish(QoS::AtLeastOnce, 1024 * 1024),
+        )
+    });
+    let waiting = tokio::spawn({
+        let links = links.clone();
+        async move { links.carried().await }
+    });
+    while links.counters.bytes_sent.get() < 4 * MEBIBYTE {
+        tokio::task::yield_now().await;
+    }
+    assert!(!waiting.is_finished());
+
+    links.confirm(2, 6);
+    assert!(waiting.await.unwrap());
+    assert_eq!(begin.elapsed(), Duration::ZERO);
+    assert_eq!(links.counters.dropped.of(QoS::AtLeastOnce).get(), 0);
+    stop.cancel();
+    sending.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_held_back_is_sent_at_the_end() {
+    let (links, stop, sending) = start_unheard();
+    (0..6).for_each(|_| {
+        links.send(
+            Destination::Node(2),
+            &publish(QoS::AtLeastOnce, 1024 * 1024),
+        )
+    });
+
+    stop.cancel();
+    sending.await.unwrap();
+    assert!(links.counters.bytes_sent.get() > 6 * MEBIBYTE);
+    assert_eq!(links.counters.dropped.of(QoS::AtLeastOnce).get(), 0);
+}
+
+/// Ten times what may be on its way.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_sent_and_handed_on_is_forgotten_and_more_is_sent() {
+    const ITEMS: u64 = 80;
+    let mongod = Mongod::shared().await;
+    let one = Node::start(&mongod, 1, no_fault).await;
+    let two = Node::start(&mongod, 2, no_fault).await;
+    one.say(Destination::Node(2), 0..1);
+    let is_limited = || {
+        let sending = one.links.sending.lock();
+        let outgoing = sending.direct.get(&2);
+        outgoing.is_some_and(|outgoing| outgoing.pending_bytes() == 0)
+    };
+    until(is_limited).await;
+
+    for number in 1..=ITEMS {
+        one.links.send(
+            Destination::Node(2),
+            &publish(QoS::AtLeastOnce, 1024 * 1024),
+        );
+        one.say(Destination::Node(2), number..number + 1);
+        until(|| one.links.pending_bytes() < 2 * 1024 * 1024).await;
+    }
+
+    let count = usize::try_from(ITEMS).unwrap() + 1;
+    let events = two.heard.wait_for_count(count).await;
+    assert_eq!(events, received(Stream::Direct, 0..ITEMS + 1));
+    until(|| one.links.pending_bytes() == 0).await;
+    assert_eq!(two.links.counters.lost.get(), 0);
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}

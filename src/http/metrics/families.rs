@@ -201,6 +201,12 @@ families! {
             "Times that frames of another node were missing, and asked for again.";
         BUS_LOST: Counter "midge_cluster_bus_lost_total" []
             "Times that they could not be had, and inboxes were read from the store instead; clean sessions may have missed messages.";
+        BUS_PENDING_BYTES: Gauge "midge_cluster_bus_pending_bytes" []
+            "Bytes for single other nodes that these have not yet taken up: on their way, or held back until they have caught up.";
+        BUS_CREDIT_STALLS: Counter "midge_cluster_bus_credit_stalls_total" []
+            "Times that another node was so far behind that messages to it were held back, or had to be read from the store there.";
+        BUS_MESSAGES_DROPPED: Counter "midge_cluster_bus_messages_dropped_total" ["qos"]
+            "Messages for sessions that end with their connection, or of QoS 0, that were not sent to a node because it was behind; once for each node.";
         BUS_PUBLISH_FAILURES: Counter "midge_cluster_bus_publish_failures_total" ["reason"]
             "Times that the bus did not take frames in time.";
         BUS_RECONNECTS: Counter "midge_cluster_bus_reconnects_total" []

@@ -305,6 +305,10 @@ impl Page<'_> {
             .value(&f::BUS_BYTES_PUBLISHED, counters.bytes_sent.get());
         self.out.value(&f::BUS_GAPS, counters.gaps.get());
         self.out.value(&f::BUS_LOST, counters.lost.get());
+        let pending_bytes = cluster.links.pending_bytes();
+        self.out.value(&f::BUS_PENDING_BYTES, pending_bytes);
+        self.out.value(&f::BUS_CREDIT_STALLS, counters.stalls.get());
+        self.counters(&f::BUS_MESSAGES_DROPPED, &counters.dropped);
         self.counters(&f::BUS_PUBLISH_FAILURES, &counters.failures);
         let reconnects = cluster.links.bus_reconnects();
         self.out.value(&f::BUS_RECONNECTS, reconnects);
