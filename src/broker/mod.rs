@@ -28,6 +28,7 @@ pub(crate) mod wills;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+use std::task::Waker;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -117,6 +118,13 @@ pub(crate) struct LastTopic {
     matches: Option<Arc<Matches>>,
 }
 
+/// Who is behind with what it was sent.
+#[derive(Clone, Debug)]
+pub(crate) enum Crowded {
+    Mailbox(Arc<Mailbox>),
+    Node(u32),
+}
+
 /// What became of a message.
 #[derive(Debug)]
 pub(crate) struct Published {
@@ -127,7 +135,7 @@ pub(crate) struct Published {
     pub(crate) recipients: usize,
     /// A client that takes messages more slowly than this publisher sends them, but does take
     /// them: the publisher does well to wait a moment.
-    pub(crate) crowded: Option<Arc<Mailbox>>,
+    pub(crate) crowded: Option<Crowded>,
 }
 
 impl Node {
@@ -184,7 +192,7 @@ impl Node {
     ) -> Published {
         let mut matches = self.matches(message.topic(), last_topic);
         let qos = message.qos();
-        let mut crowded = None;
+        let (mut crowded, mut node_behind) = (None, None);
         let is_clustered = self.cluster.is_some();
         let stores = with.is_some()
             || message.retain()
@@ -244,7 +252,9 @@ impl Node {
                     let mailbox = found.mailbox.clone();
                     additions.afterwards(guard, Unstored::One { mailbox, delivery });
                 }
-                _ if found.mailbox.holder().is_some() => self.pass(&found.mailbox, delivery),
+                _ if found.mailbox.holder().is_some() => {
+                    node_behind = self.pass(&found.mailbox, delivery).or(node_behind);
+                }
                 _ => {
                     if found.mailbox.push(delivery) {
                         crowded = Some(&found.mailbox);
@@ -259,7 +269,7 @@ impl Node {
                 }
                 _ if group.mailbox().holder().is_some() => {
                     let delivery = group.delivery(message, Origin::Memory, publisher.arrival);
-                    self.pass(group.mailbox(), delivery);
+                    node_behind = self.pass(group.mailbox(), delivery).or(node_behind);
                 }
                 _ => {
                     if group.push(message, publisher.arrival) {
@@ -278,12 +288,26 @@ impl Node {
                 };
                 additions.afterwards(guard, unstored);
             }
-            _ => self.pass_to_nodes(message, publisher.client_id, &matches.nodes),
+            _ => {
+                let behind = self.pass_to_nodes(message, publisher.client_id, &matches.nodes);
+                node_behind = behind.or(node_behind);
+            }
         }
+        let crowded = crowded.cloned().map(Crowded::Mailbox);
         Published {
             receipt: additions.map_or(Receipt::NOTHING, |additions| additions.receipt()),
             recipients,
-            crowded: crowded.cloned(),
+            crowded: crowded.or_else(|| node_behind.map(Crowded::Node)),
+        }
+    }
+
+    /// Has `waker` woken once there is space again where it was crowded; returns false if there is
+    /// already.
+    pub(crate) fn wait_for_space(&self, crowded: &Crowded, waker: &Waker) -> bool {
+        match (crowded, &self.cluster) {
+            (Crowded::Mailbox(mailbox), _) => mailbox.wait_for_space(waker),
+            (Crowded::Node(node), Some(cluster)) => cluster.links.wait_for_space(*node, waker),
+            (Crowded::Node(_), None) => false,
         }
     }
 

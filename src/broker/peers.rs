@@ -201,42 +201,48 @@ impl Node {
                 message,
                 publisher,
                 nodes,
-            } => self.pass_to_nodes(&message, &publisher, &nodes),
+            } => {
+                self.pass_to_nodes(&message, &publisher, &nodes);
+            }
             Unstored::Retain { message, publisher } => {
                 self.retain(&message, &publisher, &mut self.flusher.add());
             }
         }
     }
 
-    /// Gives a message that is not stored to the node that has the client.
-    pub(super) fn pass(&self, mailbox: &Mailbox, delivery: Delivery) {
-        if let (Some(node), Some(cluster)) = (mailbox.holder(), &self.cluster) {
-            let item = Item::Pass {
-                session: mailbox.session,
-                qos: delivery.qos,
-                retain: delivery.retain,
-                subscription_identifiers: delivery.subscription_identifiers,
-                message: delivery.message,
-            };
-            cluster.send(node, &item);
-        }
+    /// Gives a message that is not stored to the node that has the client; returns that node if it is
+    /// behind.
+    pub(super) fn pass(&self, mailbox: &Mailbox, delivery: Delivery) -> Option<u32> {
+        let (node, cluster) = (mailbox.holder()?, self.cluster.as_ref()?);
+        let item = Item::Pass {
+            session: mailbox.session,
+            qos: delivery.qos,
+            retain: delivery.retain,
+            subscription_identifiers: delivery.subscription_identifiers,
+            message: delivery.message,
+        };
+        cluster.send(node, &item).then_some(node)
     }
 
-    /// Gives a message to nodes where clients want it whose sessions end with their connections.
-    pub(super) fn pass_to_nodes(&self, message: &Message, publisher: &Arc<str>, nodes: &[u32]) {
+    /// Gives a message to nodes where clients want it whose sessions end with their connections;
+    /// returns one that is behind.
+    pub(super) fn pass_to_nodes(
+        &self,
+        message: &Message,
+        publisher: &Arc<str>,
+        nodes: &[u32],
+    ) -> Option<u32> {
+        let cluster = self.cluster.as_ref()?;
         // Each node has its own.
         if message.topic().starts_with("$SYS/") {
-            return;
+            return None;
         }
-        if let Some(cluster) = &self.cluster {
-            let item = Item::Publish {
-                message: message.clone(),
-                publisher: publisher.clone(),
-            };
-            for node in nodes {
-                cluster.send(*node, &item);
-            }
-        }
+        let item = Item::Publish {
+            message: message.clone(),
+            publisher: publisher.clone(),
+        };
+        let behind = nodes.iter().filter(|node| cluster.send(**node, &item));
+        behind.copied().last()
     }
 
     /// A message to this topic has been taken over by a node that may have died before it handed it on.

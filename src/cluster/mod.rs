@@ -117,8 +117,9 @@ impl Cluster {
         self.links.marks()
     }
 
-    pub(crate) fn send(&self, node: u32, item: &Item) {
-        self.links.send(Destination::Node(node), item);
+    /// Returns whether the publisher of a message had better wait: see [`Links::send`].
+    pub(crate) fn send(&self, node: u32, item: &Item) -> bool {
+        self.links.send(Destination::Node(node), item)
     }
 
     pub(crate) fn broadcast(&self, item: &Item) {

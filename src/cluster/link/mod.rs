@@ -21,6 +21,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Waker;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -330,12 +331,20 @@ impl Links {
 
     /// Queues an item, without waiting. When the bus does not keep up, the oldest are left out and
     /// the other end learns that they are lost. When the other end does not, messages are held back,
-    /// and dropped if they are in no inbox.
-    pub(crate) fn send(&self, to: Destination, item: &Item) {
+    /// and dropped if they are in no inbox. Returns whether the publisher of one had better wait for
+    /// [`Links::wait_for_space`].
+    pub(crate) fn send(&self, to: Destination, item: &Item) -> bool {
         self.counters.sent.of(item.traffic()).inc();
         self.add(to, |outgoing, number, room| {
             outgoing.send(item, number, room, &self.counters)
-        });
+        })
+    }
+
+    /// Has `waker` woken once nothing is held back for a node any more; returns false if nothing is.
+    pub(crate) fn wait_for_space(&self, node: u32, waker: &Waker) -> bool {
+        let mut sending = self.sending.lock();
+        let outgoing = sending.direct.get_mut(&node);
+        outgoing.is_some_and(|outgoing| outgoing.wait_for_space(waker))
     }
 
     /// Asks all nodes to say when they are durable up to `hlc`, instead of at their next beat.
@@ -395,18 +404,22 @@ impl Links {
         self.membership.lock().gone.contains(&node)
     }
 
-    fn add(&self, to: Destination, add: impl FnOnce(&mut Outgoing, u64, Room) -> bool) {
+    /// Returns whether messages are held back.
+    fn add(&self, to: Destination, add: impl FnOnce(&mut Outgoing, u64, Room) -> bool) -> bool {
         if matches!(to, Destination::Node(node) if node == self.node || self.is_gone(node)) {
-            return;
+            return false;
         }
         let mut sending = self.sending.lock();
         sending.added += 1;
         let (number, room) = (sending.added, sending.room());
-        if !add(sending.outgoing(to), number, room) {
+        let outgoing = sending.outgoing(to);
+        if !add(outgoing, number, room) {
             self.counters.failures.of(BusFailure::LeftOut).inc();
         }
+        let holds_back = outgoing.has_held();
         drop(sending);
         self.work.notify_one();
+        holds_back
     }
 
     /// Another node has handed on what it was sent directly, up to this frame.

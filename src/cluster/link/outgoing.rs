@@ -9,6 +9,7 @@
 
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
+use std::task::Waker;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -76,6 +77,8 @@ pub(super) struct Outgoing {
     /// Messages that wait until the other end has caught up.
     held: VecDeque<Held>,
     held_bytes: usize,
+    /// Who waits until nothing is held back.
+    waiting_publishers: Vec<Waker>,
     /// One was left out: those that follow must not overtake it.
     leaves_out_offers: bool,
     /// The stamp of the last frame sent.
@@ -124,6 +127,7 @@ impl Outgoing {
             standing: Standing::Unknown,
             held: VecDeque::new(),
             held_bytes: 0,
+            waiting_publishers: Vec::new(),
             leaves_out_offers: false,
             durable_hlc: 0,
             wanted_mark: None,
@@ -267,6 +271,18 @@ impl Outgoing {
         !self.held.is_empty()
     }
 
+    /// Has `waker` woken once nothing is held back any more; returns false if nothing is.
+    pub(super) fn wait_for_space(&mut self, waker: &Waker) -> bool {
+        if self.held.is_empty() {
+            return false;
+        }
+        let mut waiting = self.waiting_publishers.iter();
+        if !waiting.any(|waiting| waiting.will_wake(waker)) {
+            self.waiting_publishers.push(waker.clone());
+        }
+        true
+    }
+
     /// The first message that is held back and that a publisher waits for.
     pub(super) fn first_awaited(&self) -> Option<u64> {
         self.held.iter().find_map(|held| held.first_awaited)
@@ -291,6 +307,7 @@ impl Outgoing {
             self.waiting.push_back((self.last, held.frame));
         }
         let Some(first) = self.held.front() else {
+            self.waiting_publishers.drain(..).for_each(Waker::wake);
             if self.bytes < room.credit_without_inbox() {
                 self.standing = Standing::KeepsUp;
             }
@@ -299,6 +316,7 @@ impl Outgoing {
         if first.since.elapsed() < HOLD_MAX {
             return false;
         }
+        self.waiting_publishers.drain(..).for_each(Waker::wake);
         self.held_bytes = 0;
         for held in self.held.drain(..) {
             for (qos, count) in QoS::ALL.iter().zip(held.messages) {

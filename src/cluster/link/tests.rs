@@ -4,8 +4,10 @@ use std::collections::VecDeque;
 use std::env;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::task::Poll;
 
 use async_trait::async_trait;
+use futures_util::FutureExt as _;
 use tokio::task::JoinHandle;
 
 use super::*;
@@ -370,7 +372,9 @@ async fn what_was_overwritten_before_it_was_read_is_lost_and_the_rest_comes() {
     one.say(Destination::Node(2), 0..1);
     for _ in 0..12 {
         let sent = one.links.counters.frames_sent.get();
-        (0..100).for_each(|_| one.links.send(Destination::Node(2), &large));
+        for _ in 0..100 {
+            one.links.send(Destination::Node(2), &large);
+        }
         until(|| one.links.counters.frames_sent.get() >= sent + 100).await;
     }
     one.say(Destination::Node(2), 1..3);
@@ -607,13 +611,18 @@ fn start_unheard() -> (Arc<Links>, CancellationToken, JoinHandle<()>) {
     (links, stop, sending)
 }
 
+/// More than may be on its way; returns after which of them their publisher had better wait.
+fn send_six(links: &Links, qos: QoS) -> [bool; 6] {
+    [0; 6].map(|_| links.send(Destination::Node(2), &publish(qos, 1024 * 1024)))
+}
+
 #[tokio::test(start_paused = true)]
 async fn publishers_wait_for_a_node_that_is_behind_but_not_for_long_and_only_once() {
     let (links, stop, sending) = start_unheard();
     tokio::task::yield_now().await;
     let begin = Instant::now();
     let to = Destination::Node(2);
-    (0..6).for_each(|_| links.send(to, &publish(QoS::AtMostOnce, 1024 * 1024)));
+    send_six(&links, QoS::AtMostOnce);
 
     assert!(links.carried().await);
     assert_eq!(begin.elapsed(), Duration::ZERO, "nobody waits for QoS 0");
@@ -637,12 +646,7 @@ async fn publishers_go_on_as_soon_as_a_node_has_caught_up() {
     let (links, stop, sending) = start_unheard();
     tokio::task::yield_now().await;
     let begin = Instant::now();
-    (0..6).for_each(|_| {
-        links.send(
-            Destination::Node(2),
-            &publish(QoS::AtLeastOnce, 1024 * 1024),
-        )
-    });
+    send_six(&links, QoS::AtLeastOnce);
     let waiting = tokio::spawn({
         let links = links.clone();
         async move { links.carried().await }
@@ -660,15 +664,45 @@ async fn publishers_go_on_as_soon_as_a_node_has_caught_up() {
     sending.await.unwrap();
 }
 
+/// Of QoS 0, which no acknowledgement holds up.
+#[tokio::test(start_paused = true)]
+async fn publishers_wait_for_space_while_messages_are_held_back() {
+    let (links, stop, sending) = start_unheard();
+    tokio::task::yield_now().await;
+    let begin = Instant::now();
+    let space = || {
+        std::future::poll_fn(|context| match links.wait_for_space(2, context.waker()) {
+            true => Poll::Pending,
+            false => Poll::Ready(()),
+        })
+    };
+
+    let waits = send_six(&links, QoS::AtMostOnce);
+    assert_eq!(waits, [false, false, false, false, true, true]);
+    let mut waiting = Box::pin(space());
+    assert!(waiting.as_mut().now_or_never().is_none());
+    while links.counters.bytes_sent.get() < 4 * MEBIBYTE {
+        tokio::task::yield_now().await;
+    }
+    links.confirm(2, 6);
+    waiting.await;
+    assert_eq!(begin.elapsed(), Duration::ZERO);
+
+    send_six(&links, QoS::AtMostOnce);
+    space().await;
+    let waited = begin.elapsed();
+    assert!(waited < CARRY_TIMEOUT, "{waited:?}");
+    let waits = send_six(&links, QoS::AtMostOnce);
+    assert_eq!(waits, [false; 6], "nobody waits for who does not catch up");
+
+    stop.cancel();
+    sending.await.unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_is_held_back_is_sent_at_the_end() {
     let (links, stop, sending) = start_unheard();
-    (0..6).for_each(|_| {
-        links.send(
-            Destination::Node(2),
-            &publish(QoS::AtLeastOnce, 1024 * 1024),
-        )
-    });
+    send_six(&links, QoS::AtLeastOnce);
 
     stop.cancel();
     sending.await.unwrap();

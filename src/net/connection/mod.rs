@@ -32,7 +32,7 @@ use crate::broker::mailbox::{Mailbox, Order};
 use crate::broker::retained::RetainedWalk;
 use crate::broker::sessions::{Connected, WillFate};
 use crate::broker::sys::ClientEvent;
-use crate::broker::{LastTopic, Node, Publisher};
+use crate::broker::{Crowded, LastTopic, Node, Publisher};
 use crate::failpoint;
 use crate::metrics::{
     Arrival, Asked, Closed, Dropped, Rejected, Tally, Throttle, Violation, Where,
@@ -104,7 +104,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Output from which on a client that does not read is not read from either.
 const OUTPUT_MAX: usize = 1024 * 1024;
 
-/// How long a publisher waits for a client that is behind but takes messages.
+/// How long a publisher waits for a client, or a node, that is behind but takes messages.
 const CROWDED_WAIT: Duration = Duration::from_millis(20);
 
 /// After each message of a client while memory is short.
@@ -174,8 +174,8 @@ struct Connection {
     /// Whether the client has ended a subscription, which other nodes may not know yet.
     has_unsubscribed: bool,
     last_topic: LastTopic,
-    /// A client that this one publishes to and that is behind, and until when to wait for it.
-    crowded: Option<(Arc<Mailbox>, Instant)>,
+    /// A client that this one publishes to and that is behind, or its node, and until when to wait.
+    crowded: Option<(Crowded, Instant)>,
     timer: Option<Pin<Box<Sleep>>>,
     /// Of what the client publishes.
     pace: Pace,
@@ -310,7 +310,6 @@ impl Connection {
             let may_deliver = self.may_deliver();
             let flusher = &self.context.node.flusher;
             let awaits = !self.pending.is_empty();
-            let crowded_until = self.crowded.as_ref().map(|(_, until)| *until);
             // Each branch only waits, and may be dropped and tried again without loss.
             tokio::select! {
                 order = ordered(&self.connected.mailbox), if !may_deliver => self.obey(order)?,
@@ -328,7 +327,7 @@ impl Connection {
                 () = until(&mut self.timer) => self.check_keep_alive()?,
                 () = until(&mut self.pause), if self.pause.is_some() => self.pause = None,
                 () = std::future::poll_fn(|context| flusher.poll_room(context)), if !flusher.has_room() => {}
-                () = space(&self.crowded, crowded_until), if crowded_until.is_some() => {
+                () = space(&self.context.node, &self.crowded), if self.crowded.is_some() => {
                     self.crowded = None;
                 }
             }
@@ -626,7 +625,7 @@ impl Connection {
         self.tally.published(&message, published.recipients, totals);
         self.last_receipt = self.last_receipt.max(published.receipt);
         if let Some(crowded) = published.crowded
-            && !Arc::ptr_eq(&crowded, mailbox)
+            && !matches!(&crowded, Crowded::Mailbox(crowded) if Arc::ptr_eq(crowded, mailbox))
         {
             self.crowded = Some((crowded, Instant::now() + CROWDED_WAIT));
         }
@@ -1269,20 +1268,20 @@ async fn until(timer: &mut Option<Pin<Box<Sleep>>>) {
     }
 }
 
-/// Ready when a mailbox has space again, or has had time enough.
-async fn space(crowded: &Option<(Arc<Mailbox>, Instant)>, until: Option<Instant>) {
-    let (Some((mailbox, _)), Some(until)) = (crowded, until) else {
+/// Ready when there is space again, or has had time enough.
+async fn space(node: &Node, crowded: &Option<(Crowded, Instant)>) {
+    let Some((crowded, until)) = crowded else {
         return;
     };
     let wait = std::future::poll_fn(|context| {
-        if mailbox.wait_for_space(context.waker()) {
+        if node.wait_for_space(crowded, context.waker()) {
             Poll::Pending
         } else {
             Poll::Ready(())
         }
     });
     // Either way the publisher goes on.
-    let _ = tokio::time::timeout_at(until, wait).await;
+    let _ = tokio::time::timeout_at(*until, wait).await;
 }
 
 fn now() -> Now {
