@@ -1,0 +1,157 @@
+//! Where Redis is, as a URL says it.
+
+use std::fmt;
+
+use redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo, ProtocolVersion};
+
+/// Where Redis is and how to log in there.
+#[derive(Clone)]
+pub(crate) enum Location {
+    Server(Box<ConnectionInfo>),
+    /// Whatever server the sentinels name at the time.
+    Sentinels {
+        sentinels: Vec<ConnectionInfo>,
+        service: String,
+        /// How to log in; its address is that of no server.
+        server: Box<ConnectionInfo>,
+    },
+}
+
+const SENTINEL_PORT: u16 = 26379;
+
+impl Location {
+    /// `None` if this is no such URL.
+    pub(crate) fn parse(url: &str) -> Option<Self> {
+        let (scheme, rest) = url.split_once("://")?;
+        match scheme {
+            "redis" | "rediss" => connection_info(url).map(Box::new).map(Self::Server),
+            "redis+sentinel" => Self::parse_sentinels("redis", rest),
+            "rediss+sentinel" => Self::parse_sentinels("rediss", rest),
+            _ => None,
+        }
+    }
+
+    /// What follows the scheme: `user:password@host:port,host:port/service/database`, and how to log
+    /// in at the sentinels: `?sentinel_user=…&sentinel_password=…`.
+    fn parse_sentinels(scheme: &str, rest: &str) -> Option<Self> {
+        let (rest, options) = rest.rsplit_once('?').unwrap_or((rest, ""));
+        let (mut sentinel_user, mut sentinel_password) = ("", "");
+        for option in options.split('&').filter(|option| !option.is_empty()) {
+            match option.split_once('=')? {
+                ("sentinel_user", user) => sentinel_user = user,
+                ("sentinel_password", password) => sentinel_password = password,
+                _ => return None,
+            }
+        }
+        let sentinel_login = match (sentinel_user, sentinel_password) {
+            ("", "") => String::new(),
+            (_, "") => return None,
+            (user, password) => format!("{user}:{password}@"),
+        };
+        let (user_info, rest) = match rest.rsplit_once('@') {
+            Some((user_info, rest)) => (format!("{user_info}@"), rest),
+            None => (String::new(), rest),
+        };
+        let (hosts, path) = rest.split_once('/')?;
+        let (service, database) = path.split_once('/').unwrap_or((path, "0"));
+        if service.is_empty() {
+            return None;
+        }
+        let sentinels = hosts.split(',').map(|host| {
+            let has_port = host
+                .rsplit_once(':')
+                .is_some_and(|(_, port)| !port.ends_with(']'));
+            let url = match has_port {
+                true => format!("{scheme}://{sentinel_login}{host}"),
+                false => format!("{scheme}://{sentinel_login}{host}:{SENTINEL_PORT}"),
+            };
+            connection_info(&url)
+        });
+        Some(Self::Sentinels {
+            sentinels: sentinels.collect::<Option<_>>()?,
+            service: service.to_owned(),
+            server: Box::new(connection_info(&format!(
+                "{scheme}://{user_info}any/{database}"
+            ))?),
+        })
+    }
+
+    pub(super) fn uses_tls(&self) -> bool {
+        let (Self::Server(server) | Self::Sentinels { server, .. }) = self;
+        matches!(server.addr(), ConnectionAddr::TcpTls { .. })
+    }
+}
+
+/// Without what is secret.
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Server(server) => write!(f, "{}", server.addr()),
+            Self::Sentinels {
+                sentinels, service, ..
+            } => {
+                let addresses = sentinels.iter().map(|sentinel| sentinel.addr().to_string());
+                write!(
+                    f,
+                    "{service} of {}",
+                    addresses.collect::<Vec<_>>().join(",")
+                )
+            }
+        }
+    }
+}
+
+fn connection_info(url: &str) -> Option<ConnectionInfo> {
+    let info = url.into_connection_info().ok()?;
+    let (ConnectionAddr::Tcp(host, _) | ConnectionAddr::TcpTls { host, .. }) = info.addr() else {
+        return None;
+    };
+    if host.is_empty() || host.contains(',') {
+        return None;
+    }
+    // Without RESP3 a connection that listens could not be told from one that does not.
+    let redis = info.redis_settings().clone();
+    let redis = redis.set_protocol(ProtocolVersion::RESP3);
+    let tcp = info.tcp_settings().clone().set_nodelay(true);
+    Some(info.set_redis_settings(redis).set_tcp_settings(tcp))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_say_where_redis_is() {
+        for (url, shown) in [
+            ("redis://cache", "cache:6379"),
+            ("redis://:secret@cache:7000/2", "cache:7000"),
+            ("rediss://me:secret@cache", "cache:6379"),
+            (
+                "redis+sentinel://me:secret@one,two:7000,[::1]/main/3",
+                "main of one:26379,two:7000,::1:26379",
+            ),
+            (
+                "redis+sentinel://one/main?sentinel_user=me&sentinel_password=s%40cret",
+                "main of one:26379",
+            ),
+        ] {
+            let location = Location::parse(url).unwrap();
+            assert_eq!(format!("{location:?}"), shown, "{url}");
+        }
+        for url in [
+            "",
+            "cache:6379",
+            "redis://",
+            "redis://one,two",
+            "redis://cache/x",
+            "redis+sentinel://one,two",
+            "redis+sentinel://one,two/",
+            "redis+sentinel://one/main?sentinel_user=me",
+            "redis+sentinel://one/main?password=secret",
+            "redis+cluster://one,two",
+            "http://cache",
+        ] {
+            assert!(Location::parse(url).is_none(), "{url}");
+        }
+    }
+}
