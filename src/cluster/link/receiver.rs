@@ -31,6 +31,8 @@ struct Peer {
     all: Incoming,
     /// Bytes of frames to this node that were handed on since the node was told so.
     untold: usize,
+    /// How far the first was when the last beat was sent.
+    direct_at_beat: u64,
 }
 
 impl Peer {
@@ -128,6 +130,7 @@ impl<'a> Receiver<'a> {
                 Incoming::from_now()
             },
             untold: 0,
+            direct_at_beat: 0,
         })
     }
 
@@ -210,7 +213,8 @@ impl<'a> Receiver<'a> {
     }
 
     /// A beat goes to all; it counts as a mark for this node if nothing is missing of what was
-    /// sent to it before.
+    /// sent to it before. It may have come by another server, and overtaken that: only what is still
+    /// missing at the next beat counts as lost.
     fn hear_beat(&mut self, header: &Header, sent: &[(u32, u64)], received: &[(u32, u64)]) {
         let node = self.links.node;
         let of_this_node = |numbers: &[(u32, u64)]| {
@@ -220,10 +224,11 @@ impl<'a> Receiver<'a> {
         if let Some(last) = of_this_node(received) {
             self.links.confirm(header.from, last);
         }
-        let direct = &mut self.peer(header.from).direct;
         let last = of_this_node(sent).unwrap_or(0);
-        direct.know(last);
-        if direct.is_complete(last) {
+        let peer = self.peer(header.from);
+        let before = std::mem::replace(&mut peer.direct_at_beat, last);
+        peer.direct.know(before);
+        if peer.direct.is_complete(last) {
             self.links.marks.hear(header.from, header.stamp.durable_hlc);
         }
     }

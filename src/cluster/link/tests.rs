@@ -354,6 +354,29 @@ async fn the_last_frame_before_silence_is_missed() {
     mongod.end().await;
 }
 
+/// What goes to all may take another way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_that_a_beat_has_overtaken_is_not_missed() {
+    let mongod = Mongod::shared().await;
+    let overtake = |frame: &Frame| match frame.header.stream {
+        Stream::Direct => Fault::Delay,
+        Stream::All => Fault::None,
+    };
+    let one = Node::start(&mongod, 1, overtake).await;
+    let two = Node::start(&mongod, 2, no_fault).await;
+
+    for number in 0..3 {
+        one.say(Destination::Node(2), number..number + 1);
+        let count = usize::try_from(number).unwrap() + 1;
+        two.heard.wait_for_count(count).await;
+    }
+    assert_eq!(two.links.counters.gaps.get(), 0);
+    assert_eq!(one.links.counters.resends.get(), 0);
+    one.stop().await;
+    two.stop().await;
+    mongod.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_overwritten_before_it_was_read_is_lost_and_the_rest_comes() {
     let mongod = Mongod::shared().await;
