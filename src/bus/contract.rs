@@ -59,6 +59,33 @@ pub(super) async fn frames_come_to_whom_they_were_sent_in_order(one: &dyn Bus, t
     assert_eq!(take(&mut at_one, expected.len()).await, expected);
 }
 
+/// The same without an order between what is for one node and what is for all: where channels are at
+/// different servers there is none.
+pub(super) async fn frames_for_each_destination_come_in_order(one: &dyn Bus, two: &dyn Bus) {
+    let mut at_one = one.subscribe().await.unwrap();
+    let mut at_two = two.subscribe().await.unwrap();
+    let destinations = [Destination::Node(1), Destination::All, Destination::Node(2)];
+
+    for batch in 0..20 {
+        let numbers = batch * 300..(batch + 1) * 300;
+        let destination = |number: u32| destinations[number as usize % 3];
+        let frames = numbers
+            .clone()
+            .map(|number| (destination(number), frame(number)));
+        let sender = if batch % 2 == 0 { one } else { two };
+        sender.send(frames.collect()).await.unwrap();
+        for (node, receiver) in [(1, &mut at_one), (2, &mut at_two)] {
+            let taken = take(receiver, 200).await;
+            for to in [Destination::Node(node), Destination::All] {
+                let sent = numbers.clone().filter(|number| destination(*number) == to);
+                let sent: Vec<_> = sent.map(frame).collect();
+                let came = taken.iter().filter(|frame| sent.contains(frame));
+                assert_eq!(came.cloned().collect::<Vec<_>>(), sent);
+            }
+        }
+    }
+}
+
 /// A full frame of links, and one with a message as large as most brokers allow. Redis has to take
 /// them within half a second, however busy the machine.
 pub(super) async fn large_frames_come_whole(bus: &dyn Bus) {

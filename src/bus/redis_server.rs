@@ -1,11 +1,14 @@
-//! A Redis server for tests.
+//! A Redis server for tests, and a Redis Cluster.
 
 use std::env;
 use std::hash::{BuildHasher, RandomState};
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
+use redis::{FromRedisValue, RedisError};
 use tempfile::TempDir;
+use tokio::time::sleep;
 
 use super::redis::{Location, RedisBus};
 
@@ -19,9 +22,10 @@ pub(super) struct RedisServer {
 /// It is killed when dropped, and keeps nothing.
 struct Process {
     port: u16,
+    command: Command,
     child: Child,
-    /// Of a sentinel, which insists on a file that it can write.
-    _configuration: Option<TempDir>,
+    /// Of those that insist on a file that they can write.
+    _directory: Option<TempDir>,
 }
 
 impl RedisServer {
@@ -35,36 +39,21 @@ impl RedisServer {
 
     /// A new one, which may be treated badly.
     pub(super) fn start() -> Self {
-        let port = free_port();
-        let child = spawn(port);
-        Self::at(
-            format!("redis://127.0.0.1:{port}"),
-            Some(Process {
-                port,
-                child,
-                _configuration: None,
-            }),
-        )
+        let [port] = free_ports();
+        Self::run(port, server(port), None)
     }
 
     /// A new one that only those can use who know the password.
     pub(super) fn start_with_password(password: &str) -> Self {
-        let port = free_port();
+        let [port] = free_ports();
         let mut command = server(port);
-        let child = run(command.args(["--requirepass", password]));
-        Self::at(
-            format!("redis://127.0.0.1:{port}"),
-            Some(Process {
-                port,
-                child,
-                _configuration: None,
-            }),
-        )
+        command.args(["--requirepass", password]);
+        Self::run(port, command, None)
     }
 
     /// A sentinel that knows this server by the name of a service.
     pub(super) fn sentinel(&self, service: &str, password: Option<&str>) -> Self {
-        let port = free_port();
+        let [port] = free_ports();
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("sentinel.conf");
         let server = self.own.as_ref().unwrap().port;
@@ -75,15 +64,19 @@ impl RedisServer {
             configuration.push_str(&format!("requirepass {password}\n"));
         }
         std::fs::write(&file, configuration).unwrap();
-        let child = run(Command::new(PROGRAM).arg(&file).arg("--sentinel"));
-        Self::at(
-            format!("redis://127.0.0.1:{port}"),
-            Some(Process {
-                port,
-                child,
-                _configuration: Some(directory),
-            }),
-        )
+        let mut command = Command::new(PROGRAM);
+        command.arg(&file).arg("--sentinel");
+        Self::run(port, command, Some(directory))
+    }
+
+    fn run(port: u16, mut command: Command, directory: Option<TempDir>) -> Self {
+        let process = Process {
+            port,
+            child: spawn(&mut command),
+            command,
+            _directory: directory,
+        };
+        Self::at(format!("redis://127.0.0.1:{port}"), Some(process))
     }
 
     pub(super) fn address(&self) -> String {
@@ -109,7 +102,7 @@ impl RedisServer {
     /// Starts it again, after it was killed.
     pub(super) fn start_again(&mut self) {
         let process = self.own.as_mut().unwrap();
-        process.child = spawn(process.port);
+        process.child = spawn(&mut process.command);
     }
 
     /// Stops it in the middle of whatever it does, and leaves its connections open.
@@ -132,13 +125,119 @@ impl RedisServer {
 
     /// Lets a client of the server say something.
     pub(super) async fn command(&self, words: &[&str]) {
-        let client = redis::Client::open(self.url.as_str()).unwrap();
-        let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+        self.ask::<redis::Value>(words).await.unwrap();
+    }
+
+    /// The same, and returns the answer.
+    pub(super) async fn ask<T: FromRedisValue>(&self, words: &[&str]) -> Result<T, RedisError> {
+        let client = redis::Client::open(self.url.as_str())?;
+        let mut connection = client.get_multiplexed_async_connection().await?;
         let mut command = redis::Cmd::new();
         words.iter().for_each(|word| {
             command.arg(word);
         });
-        let _: redis::Value = command.query_async(&mut connection).await.unwrap();
+        command.query_async(&mut connection).await
+    }
+}
+
+/// Three masters, each with a third of the hash slots, and a password.
+pub(super) struct RedisCluster {
+    pub(super) masters: Vec<RedisServer>,
+}
+
+/// In the order of the masters.
+const SLOTS: [[&str; 2]; 3] = [["0", "5460"], ["5461", "10922"], ["10923", "16383"]];
+
+impl RedisCluster {
+    /// A new one, which may be treated badly.
+    pub(super) async fn start() -> Self {
+        let mut masters = Vec::new();
+        let mut meet = Vec::new();
+        for _ in SLOTS {
+            let [port, bus_port] = free_ports();
+            meet.push([port.to_string(), bus_port.to_string()]);
+            masters.push(RedisServer::start_master(port, bus_port));
+        }
+        for (epoch, (master, [first, last])) in (1..).zip(masters.iter().zip(SLOTS)) {
+            while master.ask::<String>(&["PING"]).await.is_err() {
+                sleep(POLL_INTERVAL).await;
+            }
+            let epoch = format!("{epoch}");
+            master
+                .command(&["CLUSTER", "SET-CONFIG-EPOCH", &epoch])
+                .await;
+            master
+                .command(&["CLUSTER", "ADDSLOTSRANGE", first, last])
+                .await;
+            for [port, bus_port] in &meet {
+                let meet = ["CLUSTER", "MEET", "127.0.0.1", port, bus_port];
+                master.command(&meet).await;
+            }
+        }
+        let cluster = Self { masters };
+        cluster.wait_until_up().await;
+        cluster
+    }
+
+    /// Waits until each master knows all of them.
+    async fn wait_until_up(&self) {
+        for master in &self.masters {
+            let is_up = |info: String| {
+                let all = [
+                    "cluster_state:ok",
+                    "cluster_known_nodes:3",
+                    "cluster_size:3",
+                ];
+                all.iter().all(|line| info.lines().any(|it| it == *line))
+            };
+            while !is_up(master.ask(&["CLUSTER", "INFO"]).await.unwrap()) {
+                sleep(POLL_INTERVAL).await;
+            }
+        }
+    }
+
+    /// What a node is told of it.
+    pub(super) fn url(&self) -> String {
+        let addresses: Vec<_> = self.masters.iter().map(RedisServer::address).collect();
+        format!("redis+cluster://:{PASSWORD}@{}", addresses.join(","))
+    }
+
+    /// Gives a hash slot to another master.
+    pub(super) async fn move_slot(&self, slot: u16, from: usize, to: usize) {
+        let slot = slot.to_string();
+        let [from, to] = [&self.masters[from], &self.masters[to]];
+        let name_of_from: String = from.ask(&["CLUSTER", "MYID"]).await.unwrap();
+        let name_of_to: String = to.ask(&["CLUSTER", "MYID"]).await.unwrap();
+        let set = ["CLUSTER", "SETSLOT", &slot];
+        to.command(&[&set[..], &["IMPORTING", &name_of_from]].concat())
+            .await;
+        from.command(&[&set[..], &["MIGRATING", &name_of_to]].concat())
+            .await;
+        for master in [to, from] {
+            master
+                .command(&[&set[..], &["NODE", &name_of_to]].concat())
+                .await;
+        }
+    }
+}
+
+/// Between looks at a server that is not ready yet.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+const PASSWORD: &str = "secret";
+
+impl RedisServer {
+    fn start_master(port: u16, bus_port: u16) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = server(port);
+        command
+            .args(["--cluster-enabled", "yes", "--requirepass", PASSWORD])
+            .args(["--cluster-port", &bus_port.to_string()])
+            .arg("--dir")
+            .arg(directory.path());
+        let mut server = Self::run(port, command, Some(directory));
+        server.url = format!("redis://:{PASSWORD}@127.0.0.1:{port}");
+        server
     }
 }
 
@@ -157,19 +256,16 @@ impl Drop for Process {
     }
 }
 
-fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    listener.local_addr().unwrap().port()
+/// Each another one.
+fn free_ports<const COUNT: usize>() -> [u16; COUNT] {
+    let listeners = [(); COUNT].map(|()| TcpListener::bind(("127.0.0.1", 0)).unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap().port())
 }
 
 const PROGRAM: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
     "/target/test-tools/redis-server"
 );
-
-fn spawn(port: u16) -> Child {
-    run(&mut server(port))
-}
 
 fn server(port: u16) -> Command {
     let mut command = Command::new(PROGRAM);
@@ -180,7 +276,7 @@ fn server(port: u16) -> Command {
     command
 }
 
-fn run(command: &mut Command) -> Child {
+fn spawn(command: &mut Command) -> Child {
     command
         .stdout(Stdio::null())
         .stderr(Stdio::null())

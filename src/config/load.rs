@@ -592,6 +592,10 @@ mod tests {
                 "midge.toml:2:7",
             ],
         );
+        assert_error(
+            from_file("[bus]\nurl = \"redis+cluster://:pass@one,two/1\"\n"),
+            &["\"redis+cluster://one,two,three\", which has no database"],
+        );
     }
 
     #[test]

@@ -167,8 +167,8 @@ section! {
         /// `"redis"` is fast, and falls back on MongoDB while Redis is away; `"mongodb"` needs
         /// nothing else; `"none"` is for a node alone. Unset, it is mongodb if the store is.
         pub kind: Option<BusKind> = None,
-        /// Only redis: where Redis is, by `redis://`, `rediss://` (TLS), `redis+sentinel://` or
-        /// `rediss+sentinel://`. The password in it is never shown.
+        /// Only redis: where Redis is, by `redis://`, `redis+sentinel://` or `redis+cluster://`, or with
+        /// `rediss` for TLS. The password in it is never shown.
         pub url: Option<RedisUrl> = None,
         /// Only redis: a file that holds the URL, instead of `bus.url`.
         pub url_file: Option<PathBuf> = None,

@@ -70,7 +70,8 @@ impl RedisUrl {
     }
 
     pub(super) const EXPECTED: &str = "a URL such as \"redis://cache:6379\", \
-        \"rediss://user:password@cache\" or \"redis+sentinel://one,two,three/mymaster\"";
+        \"rediss://user:password@cache\", \"redis+sentinel://one,two,three/mymaster\" or \
+        \"redis+cluster://one,two,three\", which has no database";
 }
 
 impl fmt::Display for RedisUrl {

@@ -54,6 +54,7 @@ mod nodes;
 mod one_node;
 mod outage;
 mod redis;
+mod redis_cluster;
 mod replica_set;
 mod secured;
 mod shared;

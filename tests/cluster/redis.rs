@@ -4,6 +4,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::process::{Command, Stdio};
 
 use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, FromRedisValue};
 
 use crate::lines::Lines;
 use crate::mongod::Database;
@@ -17,17 +18,23 @@ use crate::workload::{Size, Workload};
 pub(crate) struct Redis {
     pub(crate) process: Process,
     port: u16,
+    arguments: Vec<String>,
 }
 
 impl Redis {
     #[track_caller]
     pub(crate) fn start() -> Self {
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
-        drop(free);
+        let [port] = free_ports();
+        Self::start_at(port, Vec::new())
+    }
+
+    /// With more arguments.
+    #[track_caller]
+    pub(crate) fn start_at(port: u16, arguments: Vec<String>) -> Self {
         Self {
-            process: spawn(port),
+            process: spawn(port, &arguments),
             port,
+            arguments,
         }
     }
 
@@ -43,16 +50,14 @@ impl Redis {
     /// Starts it again, after it has ended.
     #[track_caller]
     pub(crate) fn start_again(&mut self) {
-        self.process = spawn(self.port);
+        self.process = spawn(self.port, &self.arguments);
     }
 
     /// Has it end the connections of those who listen and for whom more than this waits.
     pub(crate) async fn limit_listeners(&self, mebibytes: u32) {
         let limit = format!("pubsub {mebibytes}mb 0 0");
-        let set = redis::cmd("CONFIG")
-            .arg(&["SET", "client-output-buffer-limit", &limit])
-            .to_owned();
-        let () = set.query_async(&mut self.connect().await).await.unwrap();
+        let set = ["CONFIG", "SET", "client-output-buffer-limit", &limit];
+        let () = self.ask(&set).await;
     }
 
     /// Whether it has done so, to anyone.
@@ -73,21 +78,37 @@ impl Redis {
         self.try_cut_off_listeners().await;
     }
 
-    async fn connect(&self) -> MultiplexedConnection {
-        let client = redis::Client::open(format!("redis://{}", self.address())).unwrap();
-        client.get_multiplexed_async_connection().await.unwrap()
+    async fn try_cut_off_listeners(&self) -> u32 {
+        self.ask(&["CLIENT", "KILL", "TYPE", "pubsub"]).await
     }
 
-    async fn try_cut_off_listeners(&self) -> u32 {
-        let kill = redis::cmd("CLIENT")
-            .arg(&["KILL", "TYPE", "pubsub"])
-            .to_owned();
-        kill.query_async(&mut self.connect().await).await.unwrap()
+    /// The answer to a command.
+    pub(crate) async fn ask<T: FromRedisValue>(&self, words: &[&str]) -> T {
+        let mut connection = self.connect().await;
+        let mut command = redis::Cmd::new();
+        words.iter().for_each(|word| {
+            command.arg(word);
+        });
+        command.query_async(&mut connection).await.unwrap()
+    }
+
+    pub(crate) async fn connect(&self) -> MultiplexedConnection {
+        let client = redis::Client::open(format!("redis://{}", self.address())).unwrap();
+        // Some of what tests ask for takes longer than what others do.
+        let config = AsyncConnectionConfig::new().set_response_timeout(None);
+        let connection = client.get_multiplexed_async_connection_with_config(&config);
+        connection.await.unwrap()
     }
 }
 
+/// Each another one.
+pub(crate) fn free_ports<const COUNT: usize>() -> [u16; COUNT] {
+    let listeners = [(); COUNT].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap().port())
+}
+
 /// `./test` installs it.
-fn spawn(port: u16) -> Process {
+fn spawn(port: u16, arguments: &[String]) -> Process {
     let program = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/target/test-tools/redis-server"
@@ -95,6 +116,7 @@ fn spawn(port: u16) -> Process {
     let mut child = Command::new(program)
         .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
         .args(["--port", &port.to_string()])
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
@@ -111,9 +133,13 @@ fn spawn(port: u16) -> Process {
 
 /// What makes a node use `database`, and Redis at `address`.
 pub(crate) fn settings(database: &Database, address: SocketAddr) -> Settings {
+    settings_with_url(database, format!("redis://{address}"))
+}
+
+pub(crate) fn settings_with_url(database: &Database, url: String) -> Settings {
     let mut settings = database.settings();
     settings.push(("bus.kind".to_owned(), "redis".to_owned()));
-    settings.push(("bus.url".to_owned(), format!("redis://{address}")));
+    settings.push(("bus.url".to_owned(), url));
     settings
 }
 

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use redis::aio::MultiplexedConnection;
-use redis::{Client, PushInfo, PushKind, RedisError, Value};
-use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{Notify, mpsc, watch};
+use futures_util::future::{try_join, try_join_all};
+use redis::RedisError;
+use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-use super::servers::{connection_config, failure};
-use super::{Publisher, RedisBus};
-use crate::bus::{Destination, INTERRUPTION};
+use super::RedisBus;
+use super::listener::Listener;
+use super::publisher::Publisher;
+use super::servers::{Servers, failure};
+use crate::bus::INTERRUPTION;
 
 /// How often the echo is called for.
 const ECHO_INTERVAL: Duration = Duration::from_millis(250);
@@ -68,112 +69,66 @@ impl Keeper {
 
     /// Returns why it does not go on.
     async fn serve(&self) -> Result<Infallible, RedisError> {
-        let Self { bus, frames } = self;
-        let failed = Arc::new(Notify::new());
-        let echoes = Arc::new(watch::Sender::new(0_u64));
-        let client = Client::open(bus.location.find().await?)?;
-        let listener = Listener {
-            frames: frames.clone(),
-            echo_channel: bus.channels.echo(),
-            echoes: echoes.clone(),
-            failed: failed.clone(),
-        };
-        let config = connection_config().set_push_sender(move |push| listener.receive(push));
-        let mut listening = client
-            .get_multiplexed_async_connection_with_config(&config)
-            .await?;
-        let own = Destination::Node(bus.channels.node);
-        let channels = [
-            bus.channels.of(own),
-            bus.channels.of(Destination::All),
-            bus.channels.echo(),
-        ];
-        listening.subscribe(&channels[..]).await?;
-        let connection = client
-            .get_multiplexed_async_connection_with_config(&connection_config())
-            .await?;
+        let bus = &self.bus;
+        // The first problem ends it.
+        let (failed, mut failures) = mpsc::channel(1);
+        let servers = bus.location.find().await?;
+        let listeners = self.listen(&servers, &failed).await?;
+        let publisher = Publisher::connect(bus.channels.clone(), servers, failed).await?;
+        let publisher = Arc::new(publisher);
         for number in 1_u64.. {
             tokio::select! {
-                echoed = timeout(ECHO_TIMEOUT, bus.call(connection.clone(), number, &echoes)) => {
-                    echoed.map_err(|_| failure("the echo is missing"))??;
+                called = timeout(ECHO_TIMEOUT, call(&publisher, &listeners, number)) => {
+                    called.map_err(|_| failure("an echo is missing"))??;
                 }
-                () = failed.notified() => return Err(failure("a connection has failed")),
+                Some(problem) = failures.recv() => return Err(problem),
             }
             if number == 1 {
-                let publisher = Publisher {
-                    connection: connection.clone(),
-                    failed: failed.clone(),
-                };
                 bus.connects.inc();
-                bus.publisher.send_replace(Some(publisher));
+                bus.publisher.send_replace(Some(publisher.clone()));
                 tracing::info!(event = "bus_up", redis = ?bus.location);
             }
             tokio::select! {
                 () = sleep(ECHO_INTERVAL) => {}
-                () = failed.notified() => return Err(failure("a connection has failed")),
+                Some(problem) = failures.recv() => return Err(problem),
             }
         }
         Err(failure("numbers have run out"))
     }
-}
 
-impl RedisBus {
-    /// Calls, and waits for the echo.
-    async fn call(
+    /// At each server that has a channel with frames for this node.
+    async fn listen(
         &self,
-        mut connection: MultiplexedConnection,
-        number: u64,
-        echoes: &watch::Sender<u64>,
-    ) -> Result<(), RedisError> {
-        let () = redis::cmd("PUBLISH")
-            .arg(self.channels.echo())
-            .arg(number)
-            .query_async(&mut connection)
-            .await?;
-        // The sender is there as long as this is.
-        let _ = echoes.subscribe().wait_for(|echo| *echo >= number).await;
-        Ok(())
+        servers: &Servers,
+        failed: &mpsc::Sender<RedisError>,
+    ) -> Result<Vec<Listener>, RedisError> {
+        let channels = &self.bus.channels;
+        let mut listening = Vec::new();
+        for (place, server) in servers.iter().enumerate() {
+            let mut here = channels.own().to_vec();
+            here.retain(|destination| servers.place_of(&channels.of(*destination)) == place);
+            if !here.is_empty() {
+                let (frames, failed) = (self.frames.clone(), failed.clone());
+                listening.push(async move {
+                    Listener::connect(place, server, channels, &here, frames, failed).await
+                });
+            }
+        }
+        try_join_all(listening).await
     }
 }
 
-/// Takes what the listening connection reads; runs in its task, and must not wait.
-struct Listener {
-    frames: mpsc::Sender<Bytes>,
-    echo_channel: String,
-    echoes: Arc<watch::Sender<u64>>,
-    failed: Arc<Notify>,
-}
-
-impl Listener {
-    fn receive(&self, push: PushInfo) -> Result<(), Infallible> {
-        match push.kind {
-            PushKind::Disconnection => self.failed.notify_one(),
-            PushKind::Message => {
-                let mut data = push.data.into_iter();
-                if let (Some(Value::BulkString(channel)), Some(Value::BulkString(payload))) =
-                    (data.next(), data.next())
-                {
-                    self.receive_message(&channel, payload);
-                }
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    fn receive_message(&self, channel: &[u8], payload: Vec<u8>) {
-        if channel == self.echo_channel.as_bytes() {
-            let number = str::from_utf8(&payload)
-                .ok()
-                .and_then(|text| text.parse().ok());
-            if let Some(number) = number {
-                self.echoes.send_replace(number);
-            }
-        } else if let Err(TrySendError::Full(_)) = self.frames.try_send(payload.into()) {
-            // Its number is missing then, and it is asked for again.
-            tracing::debug!(event = "frame_dropped");
-        }
-    }
+/// Calls wherever this node listens, and waits for the echoes; asks the others how they are.
+async fn call(
+    publisher: &Publisher,
+    listeners: &[Listener],
+    number: u64,
+) -> Result<(), RedisError> {
+    let calls = listeners
+        .iter()
+        .map(|listener| listener.call(publisher, number));
+    try_join(publisher.ask_servers(), try_join_all(calls)).await?;
+    Ok(())
 }
 
 /// Half of `delay` to all of it: nodes should not come back in step.

@@ -15,8 +15,14 @@ pub(crate) enum Location {
         /// How to log in; its address is that of no server.
         server: Box<ConnectionInfo>,
     },
+    /// The masters of a Redis Cluster, which any of its servers knows. The login is the same
+    /// everywhere.
+    Cluster {
+        seeds: Vec<ConnectionInfo>,
+    },
 }
 
+const SERVER_PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
 
 impl Location {
@@ -27,6 +33,8 @@ impl Location {
             "redis" | "rediss" => connection_info(url).map(Box::new).map(Self::Server),
             "redis+sentinel" => Self::parse_sentinels("redis", rest),
             "rediss+sentinel" => Self::parse_sentinels("rediss", rest),
+            "redis+cluster" => Self::parse_cluster("redis", rest),
+            "rediss+cluster" => Self::parse_cluster("rediss", rest),
             _ => None,
         }
     }
@@ -48,37 +56,43 @@ impl Location {
             (_, "") => return None,
             (user, password) => format!("{user}:{password}@"),
         };
-        let (user_info, rest) = match rest.rsplit_once('@') {
-            Some((user_info, rest)) => (format!("{user_info}@"), rest),
-            None => (String::new(), rest),
-        };
+        let (login, rest) = split_login(rest);
         let (hosts, path) = rest.split_once('/')?;
         let (service, database) = path.split_once('/').unwrap_or((path, "0"));
         if service.is_empty() {
             return None;
         }
-        let sentinels = hosts.split(',').map(|host| {
-            let has_port = host
-                .rsplit_once(':')
-                .is_some_and(|(_, port)| !port.ends_with(']'));
-            let url = match has_port {
-                true => format!("{scheme}://{sentinel_login}{host}"),
-                false => format!("{scheme}://{sentinel_login}{host}:{SENTINEL_PORT}"),
-            };
-            connection_info(&url)
-        });
         Some(Self::Sentinels {
-            sentinels: sentinels.collect::<Option<_>>()?,
+            sentinels: parse_hosts(scheme, &sentinel_login, hosts, SENTINEL_PORT)?,
             service: service.to_owned(),
             server: Box::new(connection_info(&format!(
-                "{scheme}://{user_info}any/{database}"
+                "{scheme}://{login}any/{database}"
             ))?),
         })
     }
 
+    /// What follows the scheme: `user:password@host:port,host:port`, and no database, of which a Redis
+    /// Cluster has only one.
+    fn parse_cluster(scheme: &str, rest: &str) -> Option<Self> {
+        let (login, hosts) = split_login(rest);
+        if hosts.contains(['/', '?', '#']) {
+            return None;
+        }
+        let seeds = parse_hosts(scheme, login, hosts, SERVER_PORT)?;
+        Some(Self::Cluster { seeds })
+    }
+
+    pub(super) fn is_cluster(&self) -> bool {
+        matches!(self, Self::Cluster { .. })
+    }
+
     pub(super) fn uses_tls(&self) -> bool {
-        let (Self::Server(server) | Self::Sentinels { server, .. }) = self;
-        matches!(server.addr(), ConnectionAddr::TcpTls { .. })
+        let is_tls =
+            |server: &ConnectionInfo| matches!(server.addr(), ConnectionAddr::TcpTls { .. });
+        match self {
+            Self::Server(server) | Self::Sentinels { server, .. } => is_tls(server),
+            Self::Cluster { seeds } => seeds.iter().any(is_tls),
+        }
     }
 }
 
@@ -89,16 +103,35 @@ impl fmt::Debug for Location {
             Self::Server(server) => write!(f, "{}", server.addr()),
             Self::Sentinels {
                 sentinels, service, ..
-            } => {
-                let addresses = sentinels.iter().map(|sentinel| sentinel.addr().to_string());
-                write!(
-                    f,
-                    "{service} of {}",
-                    addresses.collect::<Vec<_>>().join(",")
-                )
-            }
+            } => write!(f, "{service} of {}", addresses(sentinels)),
+            Self::Cluster { seeds } => write!(f, "cluster of {}", addresses(seeds)),
         }
     }
+}
+
+fn addresses(servers: &[ConnectionInfo]) -> String {
+    let addresses = servers.iter().map(|server| server.addr().to_string());
+    addresses.collect::<Vec<_>>().join(",")
+}
+
+/// `user:password@`, or nothing, and what is behind it.
+fn split_login(rest: &str) -> (&str, &str) {
+    rest.split_at(rest.rfind('@').map_or(0, |at| at + 1))
+}
+
+/// `host:port,host:port`, each with `port` where there is none.
+fn parse_hosts(scheme: &str, login: &str, hosts: &str, port: u16) -> Option<Vec<ConnectionInfo>> {
+    let hosts = hosts.split(',').map(|host| {
+        let has_port = host
+            .rsplit_once(':')
+            .is_some_and(|(_, port)| !port.ends_with(']'));
+        let url = match has_port {
+            true => format!("{scheme}://{login}{host}"),
+            false => format!("{scheme}://{login}{host}:{port}"),
+        };
+        connection_info(&url)
+    });
+    hosts.collect()
 }
 
 fn connection_info(url: &str) -> Option<ConnectionInfo> {
@@ -134,6 +167,15 @@ mod tests {
                 "redis+sentinel://one/main?sentinel_user=me&sentinel_password=s%40cret",
                 "main of one:26379",
             ),
+            ("redis+cluster://cache", "cluster of cache:6379"),
+            (
+                "redis+cluster://me:secret@one,two:7000,[::1],[::1]:7000",
+                "cluster of one:6379,two:7000,::1:6379,::1:7000",
+            ),
+            (
+                "rediss+cluster://:s%40cret@one,two",
+                "cluster of one:6379,two:6379",
+            ),
         ] {
             let location = Location::parse(url).unwrap();
             assert_eq!(format!("{location:?}"), shown, "{url}");
@@ -148,7 +190,16 @@ mod tests {
             "redis+sentinel://one,two/",
             "redis+sentinel://one/main?sentinel_user=me",
             "redis+sentinel://one/main?password=secret",
-            "redis+cluster://one,two",
+            "redis+cluster://",
+            "redis+cluster://one,",
+            "redis+cluster://one,,two",
+            "redis+cluster://one:x",
+            "redis+cluster://one,two/0",
+            "redis+cluster://one,two/",
+            "redis+cluster://one/,two",
+            "redis+cluster://one,two?password=secret",
+            "rediss+cluster://one,two#insecure",
+            "redis+cluster://me:secret@",
             "http://cache",
         ] {
             assert!(Location::parse(url).is_none(), "{url}");

@@ -1,25 +1,34 @@
-//! Frames by the pub/sub of a Redis server: fast, and at most once.
+//! Frames by the pub/sub of Redis: fast, and at most once.
 //!
 //! Every node listens to a channel of its own and to one for all. Two connections serve it, one
 //! to listen and one to publish, so that Redis may cut off a node that reads too slowly without
 //! taking its voice as well. A [`Keeper`] makes them, and proves all the time that both work: what
-//! it publishes to a third channel, its echo, has to come back. [`location`] is where Redis is by
-//! the configuration, and [`servers`] which server that is now.
+//! it publishes to a third channel, its echo, has to come back.
+//!
+//! [`location`] is where Redis is by the configuration, [`servers`] what that comes to at the time.
+//! In a Redis Cluster each of the [`channels`] is at one of several masters: a node has a
+//! [`publisher`]'s connection to all of them, and a [`listener`] with an echo wherever it listens. Any
+//! other Redis is one server that has everything. Whatever goes wrong with any of them ends all
+//! connections, and the keeper looks anew where Redis is.
 
+mod channels;
 mod keeper;
+mod listener;
 mod location;
+mod publisher;
 mod servers;
 
-use std::fmt;
+#[cfg(test)]
+mod cluster_tests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use redis::RedisError;
-use redis::aio::MultiplexedConnection;
 use rustls::crypto::aws_lc_rs;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::{Bus, BusError, Destination};
@@ -27,10 +36,9 @@ use crate::metrics::Counter;
 
 pub(crate) use location::Location;
 
+use channels::Channels;
 use keeper::Keeper;
-
-/// Bytes of frames that the server has to answer for within the time that it has for an answer.
-const PIPELINE_BYTES: usize = 4 * 1024 * 1024;
+use publisher::Publisher;
 
 /// How long a node that starts waits for the server.
 pub(super) const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -39,49 +47,15 @@ pub(super) const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Redis itself would drop the connection.
 const READ_AHEAD_FRAMES: usize = 1024;
 
-/// The names of the channels of a cluster.
-#[derive(Clone, Debug)]
-struct Channels {
-    prefix: String,
-    node: u32,
-}
-
-impl Channels {
-    fn of(&self, destination: Destination) -> String {
-        match destination {
-            Destination::Node(node) => format!("{}:node:{node}", self.prefix),
-            Destination::All => format!("{}:all", self.prefix),
-        }
-    }
-
-    fn echo(&self) -> String {
-        format!("{}:echo:{}", self.prefix, self.node)
-    }
-}
-
 /// A bus that loses what is on its way when the server, or a connection to it, fails.
 #[derive(Clone, Debug)]
 pub(crate) struct RedisBus {
     location: Location,
     channels: Channels,
-    /// There while the server is healthy; the keeper alone changes it.
-    publisher: Arc<watch::Sender<Option<Publisher>>>,
-    /// Times that the server has begun to work for this node.
+    /// There while Redis is healthy; the keeper alone changes it.
+    publisher: Arc<watch::Sender<Option<Arc<Publisher>>>>,
+    /// Times that Redis has begun to work for this node.
     connects: Arc<Counter>,
-}
-
-/// The connection that publishes.
-#[derive(Clone)]
-struct Publisher {
-    connection: MultiplexedConnection,
-    /// Tells the keeper that something is wrong.
-    failed: Arc<Notify>,
-}
-
-impl fmt::Debug for Publisher {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Publisher").finish_non_exhaustive()
-    }
 }
 
 impl RedisBus {
@@ -92,11 +66,8 @@ impl RedisBus {
             let _ = aws_lc_rs::default_provider().install_default();
         }
         Self {
+            channels: Channels::new(cluster, node, location.is_cluster()),
             location,
-            channels: Channels {
-                prefix: format!("midge:{cluster}"),
-                node,
-            },
             publisher: Arc::new(watch::Sender::new(None)),
             connects: Arc::default(),
         }
@@ -113,29 +84,10 @@ impl RedisBus {
         frames: &[(Destination, Bytes)],
     ) -> Result<Vec<u64>, BusError> {
         let publisher = self.publisher.borrow().clone();
-        let Some(mut publisher) = publisher else {
+        let Some(publisher) = publisher else {
             return Err(BusError::Unavailable("Redis is away".to_owned()));
         };
-        let mut listeners = Vec::with_capacity(frames.len());
-        let mut rest = frames;
-        while !rest.is_empty() {
-            let mut pipeline = redis::pipe();
-            let (mut count, mut bytes) = (0, 0);
-            for (to, frame) in rest {
-                if count > 0 && bytes + frame.len() > PIPELINE_BYTES {
-                    break;
-                }
-                count += 1;
-                bytes += frame.len();
-                let channel = self.channels.of(*to);
-                pipeline.cmd("PUBLISH").arg(channel).arg(&frame[..]);
-            }
-            rest = &rest[count..];
-            let published = pipeline.query_async(&mut publisher.connection).await;
-            let heard: Vec<u64> = published.inspect_err(|_| publisher.failed.notify_one())?;
-            listeners.extend(heard);
-        }
-        Ok(listeners)
+        Ok(publisher.publish(frames).await?)
     }
 
     /// Begins to listen, now or as soon as the server is there; to be called once. Where something
@@ -156,7 +108,7 @@ impl RedisBus {
 
 /// Watches whether the server works for this node.
 #[derive(Debug)]
-pub(crate) struct Health(watch::Receiver<Option<Publisher>>);
+pub(crate) struct Health(watch::Receiver<Option<Arc<Publisher>>>);
 
 impl Health {
     pub(crate) fn is_up(&self) -> bool {
@@ -207,8 +159,7 @@ impl From<RedisError> for BusError {
 
 #[cfg(test)]
 mod tests {
-    use redis::Client;
-
+    use super::servers::{connect, connection_config};
     use super::*;
     use crate::bus::INTERRUPTION;
     use crate::bus::contract::{self, frame, take, to, wait_for};
@@ -218,6 +169,7 @@ mod tests {
     async fn it_is_a_bus() {
         let server = RedisServer::shared();
         contract::frames_come_to_whom_they_were_sent_in_order(&server.bus(1), &server.bus(2)).await;
+        contract::frames_for_each_destination_come_in_order(&server.bus(1), &server.bus(2)).await;
         contract::large_frames_come_whole(&server.bus(1)).await;
     }
 
@@ -381,8 +333,9 @@ mod tests {
         for (server, sentinel_password) in [("wrong", "other"), ("s%40cret", "wrong")] {
             let bus = with(server, sentinel_password);
             let served = async {
-                let client = Client::open(bus.location.find().await?)?;
-                client.get_multiplexed_async_connection().await
+                let servers = bus.location.find().await?;
+                let server = servers.iter().next().unwrap();
+                connect(server, &connection_config()).await
             };
             assert!(served.await.is_err());
         }

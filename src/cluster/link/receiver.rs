@@ -31,7 +31,7 @@ struct Peer {
     all: Incoming,
     /// Bytes of frames to this node that were handed on since the node was told so.
     untold: usize,
-    /// How far the first was when the last beat was sent.
+    /// How far `direct` was when the last beat was sent.
     direct_at_beat: u64,
 }
 
