@@ -66,7 +66,11 @@ impl<'a> Receiver<'a> {
             tokio::select! {
                 frame = frames.recv() => match frame {
                     Some(frame) if frame == INTERRUPTION => self.handler.interrupted(),
-                    Some(frame) => self.receive(&frame),
+                    Some(frame) => {
+                        self.receive(&frame);
+                        // Whoever was woken by what it holds, before there is more.
+                        tokio::task::yield_now().await;
+                    }
                     None => return,
                 },
                 _ = repairs.tick() => self.repair_all(),
