@@ -193,17 +193,17 @@ impl Links {
         loop {
             let is_ending = stop.is_cancelled();
             let (frames, carried) = self.seal(is_ending);
-            let is_idle = frames.is_empty();
-            if !is_idle {
+            if !frames.is_empty() {
                 self.counters.frames_sent.add(frames.len() as u64);
                 let bytes: usize = frames.iter().map(|(_, frame)| frame.len()).sum();
                 self.counters.bytes_sent.add(bytes as u64);
                 self.carry(frames, stop).await;
             }
-            self.carriage.send_if_modified(|carriage| {
+            let has_advanced = self.carriage.send_if_modified(|carriage| {
                 std::mem::replace(&mut carriage.carried, carried) != carried
             });
-            if !is_idle {
+            // Beats do not count: on a slow bus one is due whenever the last has been carried.
+            if has_advanced {
                 continue;
             }
             if is_ending {

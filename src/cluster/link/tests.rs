@@ -557,11 +557,14 @@ async fn a_mark_does_not_overtake_what_was_sent_before_it() {
 #[derive(Debug)]
 struct RefusingBus {
     refusals: AtomicU32,
+    /// How long it takes for frames.
+    takes: Duration,
 }
 
 #[async_trait]
 impl Bus for RefusingBus {
     async fn send(&self, _: Vec<(Destination, Bytes)>) -> Result<(), BusError> {
+        tokio::time::sleep(self.takes).await;
         let refuse = |left: u32| left.checked_sub(1);
         let order = Ordering::Relaxed;
         match self.refusals.fetch_update(order, order, refuse) {
@@ -575,16 +578,39 @@ impl Bus for RefusingBus {
     }
 }
 
-/// Whether something that is sent is carried, on a bus that refuses so many times.
-async fn is_carried(refusals: u32) -> bool {
+/// A node that sends to a bus which refuses so many times and takes so long.
+fn start_sending(
+    refusals: u32,
+    takes: Duration,
+) -> (Arc<Links>, CancellationToken, JoinHandle<()>) {
     let refusals = AtomicU32::new(refusals);
-    let bus = Arc::new(RefusingBus { refusals });
+    let bus = Arc::new(RefusingBus { refusals, takes });
     let links = Arc::new(Links::new(1, bus, Arc::new(TestClock::default())));
     let stop = CancellationToken::new();
     let sending = tokio::spawn({
         let (links, stop) = (links.clone(), stop.clone());
         async move { links.send_frames(&stop).await }
     });
+    (links, stop, sending)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_is_sent_in_the_end_and_no_beat_after_it() {
+    let (links, stop, sending) = start_sending(0, 2 * BEAT_INTERVAL);
+    tokio::task::yield_now().await;
+    let item = Item::Log(LogPosition { node: 1, entry: 1 });
+    links.send(Destination::Node(2), &item);
+
+    let begin = Instant::now();
+    stop.cancel();
+    sending.await.unwrap();
+    assert!(begin.elapsed() < 10 * BEAT_INTERVAL);
+    assert!(links.carried().await);
+}
+
+/// Whether something that is sent is carried, on a bus that refuses so many times.
+async fn is_carried(refusals: u32) -> bool {
+    let (links, stop, sending) = start_sending(refusals, Duration::ZERO);
     tokio::task::yield_now().await;
 
     let item = Item::Log(LogPosition { node: 1, entry: 1 });
@@ -622,15 +648,8 @@ fn publish(qos: QoS, bytes: usize) -> Item {
 
 /// A node that sends to a bus, where nobody hears it, and has heard from node 2 how far it is.
 fn start_unheard() -> (Arc<Links>, CancellationToken, JoinHandle<()>) {
-    let refusals = AtomicU32::new(0);
-    let bus = Arc::new(RefusingBus { refusals });
-    let links = Arc::new(Links::new(1, bus, Arc::new(TestClock::default())));
+    let (links, stop, sending) = start_sending(0, Duration::ZERO);
     links.confirm(2, 0);
-    let stop = CancellationToken::new();
-    let sending = tokio::spawn({
-        let (links, stop) = (links.clone(), stop.clone());
-        async move { links.send_frames(&stop).await }
-    });
     (links, stop, sending)
 }
 
