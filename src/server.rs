@@ -193,8 +193,10 @@ impl BrokerBuilder {
         node.restore(stored);
         let (fail, failed) = watch::channel(None);
         let tasks = TaskTracker::new();
+        let everything_written = CancellationToken::new();
         if let Some(joining) = joining {
-            joining.join(&node, &tasks, fail.clone()).await?;
+            let (written, fail) = (everything_written.clone(), fail.clone());
+            joining.join(&node, &tasks, written, fail).await?;
         }
         let context = Arc::new(ConnectionContext {
             node: node.clone(),
@@ -212,7 +214,6 @@ impl BrokerBuilder {
             sends_away: AtomicBool::new(false),
         });
         let writer = node.clone();
-        let everything_written = CancellationToken::new();
         let written = everything_written.clone();
         // Not among `tasks`: it has to write what the others leave behind as they end.
         tokio::spawn(async move {
@@ -695,6 +696,7 @@ impl Joining {
         self,
         node: &Arc<Node>,
         tasks: &TaskTracker,
+        everything_written: CancellationToken,
         fail: watch::Sender<Option<StoreError>>,
     ) -> Result<(), StartError> {
         let Self {
@@ -715,7 +717,9 @@ impl Joining {
                 .await;
         });
         let (beating, beaten) = (cluster.clone(), node.clone());
-        tasks.spawn(async move {
+        // Not among `tasks` either: what they leave behind is written only as long as this node is
+        // alive for the others, and may need another reservation.
+        tokio::spawn(async move {
             let (cluster, node) = (beating, beaten);
             tokio::select! {
                 error = cluster.run(&node, announced) => {
@@ -723,7 +727,7 @@ impl Joining {
                     node.flusher.fail(&error);
                     fail.send_replace(Some(error));
                 }
-                () = node.stopping.cancelled() => {}
+                () = everything_written.cancelled() => {}
             }
         });
         node.until_greeted(&cluster).await;

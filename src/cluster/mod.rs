@@ -197,7 +197,8 @@ impl Cluster {
         }
     }
 
-    /// Does what has to be done every now and then, until this node is declared dead.
+    /// Does what has to be done every now and then, until this node is declared dead. One that stops
+    /// does no more than to stay alive.
     pub(crate) async fn run(
         &self,
         node: &Node,
@@ -205,7 +206,7 @@ impl Cluster {
     ) -> StoreError {
         tokio::select! {
             error = self.beat(node) => error,
-            error = self.look_after(node) => error,
+            Some(error) = node.stopping.run_until_cancelled(self.look_after(node)) => error,
             () = async {
                 while let Some(announced) = announced.recv().await {
                     match announced {

@@ -3,6 +3,8 @@
 use std::env;
 use std::time::Duration;
 
+use mongodb::bson::doc;
+
 use crate::client::Client;
 use crate::mongod::{Database, ReplicaSet};
 use crate::node::{Cluster, Settings};
@@ -203,6 +205,31 @@ async fn a_node_is_cut_off_from_mongodb() {
     cluster.node(0).wait_until_anew();
 
     workload.finish().await;
+}
+
+/// It counts as alive until it has written everything, however long that takes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_stopped_is_not_given_up_while_it_writes() {
+    let mut set = ReplicaSet::start(1).await;
+    let database = Database::on(set.uri());
+    let mut slow = database.named("slow").settings();
+    slow.push(("drain.grace".to_owned(), "0s".to_owned()));
+    let mut cluster = Cluster::start(vec![slow, database.settings()]).await;
+    let connect = Connect::persistent(Version::V5, "client");
+    let _client = Client::connect(cluster.node(0).address(), &connect).await;
+    // Longer than a node may be silent.
+    let how = doc! {
+        "namespace": format!("{}.sessions", database.name),
+        "blockConnection": true,
+        "blockTimeMS": 9_000,
+    };
+    set.mongod(0)
+        .fail("slow", &["update"], doc! { "times": 1 }, how)
+        .await;
+
+    assert!(cluster.node(0).terminate().success());
+    cluster.node(1).wait_for_event("node_left");
+    assert!(!cluster.node(1).has_logged("node_dead"));
 }
 
 /// What a publisher sends after it has moved to another node does not overtake what was acknowledged
