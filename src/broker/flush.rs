@@ -26,7 +26,9 @@ use crate::failpoint;
 use crate::metrics::Operation;
 use crate::mqtt::{Message, QoS};
 use crate::session::Delivery;
-use crate::store::{Change, Chunk, Entry, LogPosition, MessageId, SessionId, Store, StoreError};
+use crate::store::{
+    Change, Chunk, Entry, LogPosition, MessageId, Messages, SessionId, Store, StoreError,
+};
 
 /// The number of the flush that something is in; it is durable once that flush is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -352,7 +354,7 @@ impl Flusher {
         // If the bus alone has failed, the others ask for what they miss, later. If this node is cut
         // off, they read it once they have declared it dead, and it must not answer any more.
         let nothing = Arc::default();
-        self.until_available(|| self.store.write(Arc::clone(&nothing), None))
+        self.until_available(|| self.store.write(Arc::clone(&nothing), Messages::Present))
             .await?;
         Ok(())
     }
@@ -369,8 +371,13 @@ impl Flusher {
                 return Ok(());
             }
             let all = Arc::new(std::mem::take(&mut flush.changes));
+            let messages = match followed.take() {
+                Some(followed) => Messages::MatchedTo(followed),
+                None if flush.messages.is_empty() => Messages::Absent,
+                None => Messages::Present,
+            };
             let written = self
-                .until_available(|| self.store.write(all.clone(), followed.as_deref()))
+                .until_available(|| self.store.write(all.clone(), messages.clone()))
                 .await?;
             if written.behind {
                 flush.changes = Arc::unwrap_or_clone(all);
@@ -398,9 +405,7 @@ impl Flusher {
                     .later
                     .retain(|(_, chunk)| !left_out.contains(&chunk.key));
             }
-            if all.iter().any(Change::is_for_subscription_log) {
-                node.announce_log(&written.subscriptions);
-            }
+            node.announce_log(written.logged);
             node.hand_on(std::mem::take(&mut flush.later));
             for (guard, unstored) in flush.unstored.drain(..) {
                 if !written.lost.contains(&guard) {
@@ -409,7 +414,6 @@ impl Flusher {
             }
             // Of those, nothing was missed when they were written, or they count no more.
             flush.messages.retain(|matched| matched.guard.is_none());
-            followed = None;
             let known = self.until_available(|| node.follow_to(&written.subscriptions));
             flush.add_missed(node, known.await?);
             if flush.changes.is_empty() {

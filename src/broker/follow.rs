@@ -18,8 +18,13 @@ use crate::metrics::Arrival;
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, QoS, SubscriptionFilter};
 use crate::session::Origin;
-use crate::store::mongodb::{GroupPlace, LogAction, LogEntry, LogOp, SharedSession};
-use crate::store::{Chunk, InboxSummary, LogPosition, Owner, SessionId, StoreError};
+use crate::store::mongodb::{GroupPlace, SharedSession};
+use crate::store::{
+    Chunk, InboxSummary, LogAction, LogEntry, LogOp, LogPosition, Owner, SessionId, StoreError,
+};
+
+/// Operations of a log entry that other nodes are told of; they read what has more.
+const ANNOUNCED_OPS_MAX: usize = 32;
 
 /// How much of each node's subscription log is in the subscriptions.
 #[derive(Default)]
@@ -105,14 +110,19 @@ impl Node {
         }
     }
 
-    /// Tells other nodes that this one has changed subscriptions.
-    pub(super) fn announce_log(&self, positions: &[LogPosition]) {
-        let own = positions
-            .iter()
-            .find(|position| position.node == self.flusher.node);
-        if let (Some(cluster), Some(position)) = (&self.cluster, own) {
-            cluster.broadcast(&Item::Log(*position));
+    /// Tells other nodes how this one has changed subscriptions, and asks when they know it: some
+    /// client may wait for that.
+    pub(super) fn announce_log(&self, entries: Vec<LogEntry>) {
+        let Some(cluster) = self.cluster.as_ref().filter(|_| !entries.is_empty()) else {
+            return;
+        };
+        for mut entry in entries {
+            if entry.ops.len() > ANNOUNCED_OPS_MAX {
+                entry.ops.clear();
+            }
+            cluster.broadcast(&Item::Log(entry));
         }
+        self.ask(cluster);
     }
 
     /// Notes what a client of this node subscribes to, for when it is at another one.
@@ -153,6 +163,28 @@ impl Node {
                 .collect(),
             version: self.subscriptions.version(),
         })
+    }
+
+    /// Applies an entry that another node has told of, after all that came before it.
+    pub(crate) async fn follow_announced(
+        &self,
+        cluster: &Cluster,
+        entry: LogEntry,
+    ) -> Result<(), StoreError> {
+        let LogPosition {
+            node,
+            entry: number,
+        } = entry.position;
+        {
+            let mut followed = self.followed.0.lock().await;
+            let last = followed.entry(node).or_default();
+            if *last + 1 == number && !entry.ops.is_empty() {
+                *last = number;
+                self.apply(entry);
+                return Ok(());
+            }
+        }
+        self.follow(cluster, &[entry.position]).await
     }
 
     /// Applies what other nodes have logged, up to `positions`.

@@ -108,7 +108,7 @@ impl Node {
                 self.kick_here(&client_id, reason);
             }
             Item::Figures { name, figures } => self.receive_figures(from, name, &figures),
-            Item::Log(position) => cluster.follow_later(Announced::Log(position)),
+            Item::Log(entry) => cluster.follow_later(Announced::Log(entry)),
             Item::Ask { number } => cluster.follow_later(Announced::Ask { from, number }),
             Item::Answer { number } => self.receive_answer(cluster, from, number),
             Item::Offer { session, chunk } => {

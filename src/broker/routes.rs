@@ -56,8 +56,11 @@ struct Asked {
 pub(super) enum News {
     /// What was told before this question was asked.
     ToldBefore(u64),
-    /// What is told once this is durable.
-    Stored(Receipt),
+    /// What is told until this is durable.
+    ToldUntil(Receipt),
+    /// What is logged with this, told when it is durable, and asked at once: see
+    /// [`Node::announce_log`].
+    Logged(Receipt),
 }
 
 impl Node {
@@ -110,33 +113,33 @@ impl Node {
         }
         let node = self.clone();
         Some(Box::pin(async move {
-            let routes = &node.routes;
-            let told_before = match news {
-                News::ToldBefore(asked) => asked,
-                News::Stored(receipt) => {
-                    if node.flusher.durable(receipt).await.is_err() {
-                        return;
-                    }
-                    routes.asked.lock().last
-                }
-            };
-            let mut answered = routes.answered.subscribe();
-            if *answered.borrow() > told_before {
+            if let News::ToldUntil(receipt) | News::Logged(receipt) = news
+                && node.flusher.durable(receipt).await.is_err()
+            {
                 return;
             }
-            let number = {
-                let mut asked = routes.asked.lock();
-                asked.last += 1;
-                // While it is locked: questions are in order.
-                let number = asked.last;
-                cluster.broadcast(&Item::Ask { number });
-                number
+            let mut answered = node.routes.answered.subscribe();
+            let number = match news {
+                News::ToldBefore(asked) if *answered.borrow() > asked => return,
+                News::ToldBefore(_) | News::ToldUntil(_) => node.ask(&cluster),
+                News::Logged(_) => node.routes.asked.lock().last,
             };
             let answers = answered.wait_for(|answered| *answered >= number);
             if timeout(KNOWN_TIMEOUT, answers).await.is_err() {
                 tracing::debug!(event = "subscription_not_confirmed");
             }
         }))
+    }
+
+    /// Asks all other nodes to say when they know what they were told before; returns the number of
+    /// the question.
+    pub(super) fn ask(&self, cluster: &Cluster) -> u64 {
+        let mut asked = self.routes.asked.lock();
+        asked.last += 1;
+        let number = asked.last;
+        // While it is locked: questions are in order.
+        cluster.broadcast(&Item::Ask { number });
+        number
     }
 
     /// A node knows everything that it was told before this question.

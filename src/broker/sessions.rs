@@ -503,9 +503,9 @@ impl Node {
             receipt = self.flusher.persist(change);
         }
         let news = if filter.share.is_some() {
-            Some(News::Stored(receipt))
+            Some(News::ToldUntil(receipt))
         } else if mailbox.is_durable() {
-            (receipt != Receipt::NOTHING).then_some(News::Stored(receipt))
+            (receipt != Receipt::NOTHING).then_some(News::Logged(receipt))
         } else {
             Some(self.news_of(filter))
         };

@@ -25,7 +25,8 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::metrics::Traffic;
 use crate::mqtt::{Message, PacketId, QoS, ReasonCode, SubscriptionFilter};
-use crate::store::{Chunk, Entry, LogPosition, MessageId, SessionId};
+use crate::store::mongodb::{op_value, read_op};
+use crate::store::{Chunk, Entry, LogEntry, LogPosition, MessageId, SessionId};
 
 /// Raised when an older midge could no longer read what this one sends.
 const VERSION: u8 = 2;
@@ -169,8 +170,9 @@ pub(crate) enum Item {
     },
     /// What a node has counted, for `$SYS`.
     Figures { name: Arc<str>, figures: Vec<u64> },
-    /// A node's subscription log has come so far.
-    Log(LogPosition),
+    /// A node's subscription log has come so far. Without `ops`, the entry has to be read from the
+    /// store.
+    Log(LogEntry),
     /// Asks every node to say when it knows all of [`Item::Route`] and [`Item::Log`] that was sent
     /// before.
     Ask { number: u64 },
@@ -503,10 +505,12 @@ impl Item {
                 put_length(to, figures.len());
                 figures.iter().for_each(|figure| to.put_u64(*figure));
             }
-            Self::Log(position) => {
+            Self::Log(LogEntry { position, ops }) => {
                 to.put_u8(LOG);
                 to.put_u32(position.node);
                 to.put_u64(position.entry);
+                put_length(to, ops.len());
+                ops.iter().for_each(|op| put_bytes(to, &op_value(op)));
             }
             Self::Ask { number } => {
                 to.put_u8(ASK);
@@ -944,9 +948,15 @@ impl<'a> Reader<'a> {
                 name: self.text()?.into(),
                 figures: self.list(Self::u64)?,
             },
-            LOG => Item::Log(LogPosition {
-                node: self.u32()?,
-                entry: self.u64()?,
+            LOG => Item::Log(LogEntry {
+                position: LogPosition {
+                    node: self.u32()?,
+                    entry: self.u64()?,
+                },
+                // Of another version there may be none, or some that this one does not know.
+                ops: self
+                    .list(|reader| read_op(reader.bytes()?).ok())
+                    .unwrap_or_default(),
             }),
             ASK => Item::Ask {
                 number: self.u64()?,
@@ -1052,6 +1062,8 @@ mod tests {
 
     use super::*;
     use crate::mqtt::message::MessageParts;
+    use crate::mqtt::topic::{RetainHandling, SubscribeOptions};
+    use crate::store::{LogAction, LogOp, Owner};
 
     fn qos() -> impl Strategy<Value = QoS> {
         prop_oneof![
@@ -1113,6 +1125,39 @@ mod tests {
         let filter =
             "([$]share/g/)?[a-z+]/#".prop_map(|filter| SubscriptionFilter::parse(&filter).unwrap());
         vec(filter, 0..4)
+    }
+
+    fn log_op() -> impl Strategy<Value = LogOp> {
+        let filter = || filters().prop_filter_map("one", |mut filters| filters.pop());
+        let options = (qos(), any::<bool>(), any::<bool>());
+        let options =
+            options.prop_map(
+                |(maximum_qos, no_local, retain_as_published)| SubscribeOptions {
+                    maximum_qos,
+                    no_local,
+                    retain_as_published,
+                    retain_handling: RetainHandling::SendIfNew,
+                },
+            );
+        let subscribe = (client_id(), filter(), options, any::<Option<u32>>());
+        let action = prop_oneof![
+            subscribe.prop_map(|(client_id, filter, options, identifier)| {
+                LogAction::Subscribe {
+                    owner: Owner::Client(client_id),
+                    filter,
+                    options,
+                    identifier,
+                }
+            }),
+            filter().prop_map(LogAction::Unsubscribe),
+            filter().prop_map(LogAction::OpenGroup),
+            Just(LogAction::End),
+        ];
+        (session(), any::<u64>(), action).prop_map(|(session, epoch, action)| LogOp {
+            session,
+            epoch,
+            action,
+        })
     }
 
     fn message_ids() -> impl Strategy<Value = Vec<MessageId>> {
@@ -1246,8 +1291,12 @@ mod tests {
                 add,
                 remove
             }),
-            (any::<u32>(), any::<u64>())
-                .prop_map(|(node, entry)| Item::Log(LogPosition { node, entry })),
+            (any::<u32>(), any::<u64>(), vec(log_op(), 0..3)).prop_map(|(node, entry, ops)| {
+                Item::Log(LogEntry {
+                    position: LogPosition { node, entry },
+                    ops,
+                })
+            }),
             client_id().prop_map(|client_id| Item::Kick {
                 client_id,
                 reason: ReasonCode::ServerMoved,

@@ -23,7 +23,7 @@ use crate::bus::wire::{Header, Item};
 use crate::failpoint;
 use crate::metrics::{Arrival, Operation, StoreTotals};
 use crate::store::mongodb::{MongoStore, NodeState, OpenRequest, OpenedSession};
-use crate::store::{LogPosition, StoreError};
+use crate::store::{LogEntry, StoreError};
 use link::Links;
 pub(crate) use link::Marks;
 use membership::Members;
@@ -71,8 +71,8 @@ pub(crate) struct Cluster {
 /// What another node has said of its subscription log.
 #[derive(Debug)]
 pub(crate) enum Announced {
-    /// It has come so far.
-    Log(LogPosition),
+    /// It has come so far. What the entry has, unless that is to be read.
+    Log(LogEntry),
     /// It asks to be told when all of this is known.
     Ask { from: u32, number: u64 },
 }
@@ -210,8 +210,8 @@ impl Cluster {
             () = async {
                 while let Some(announced) = announced.recv().await {
                     match announced {
-                        Announced::Log(position) => {
-                            if let Err(error) = node.follow(self, &[position]).await {
+                        Announced::Log(entry) => {
+                            if let Err(error) = node.follow_announced(self, entry).await {
                                 tracing::warn!(event = "log_unreadable", %error);
                             }
                         }

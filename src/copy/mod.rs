@@ -22,7 +22,8 @@ use crate::server::mongo_options;
 use crate::store::embedded::{EmbeddedOptions, EmbeddedStore};
 use crate::store::mongodb::MongoStore;
 use crate::store::{
-    Change, InboxRange, MessageId, Owner, SessionId, Store, StoreError, Stored, StoredSession,
+    Change, InboxRange, MessageId, Messages, Owner, SessionId, Store, StoreError, Stored,
+    StoredSession,
 };
 
 pub(crate) use self::compare::Comparison;
@@ -289,7 +290,8 @@ impl<F: FnMut(Progress)> Copied<'_, F> {
     async fn write(&mut self) -> Result<(), CopyError> {
         let changes = Arc::new(std::mem::take(&mut self.changes));
         self.bytes = 0;
-        let written = persistently(|| self.target.write(changes.clone(), None)).await?;
+        let written =
+            persistently(|| self.target.write(changes.clone(), Messages::Present)).await?;
         self.lost.extend(written.lost);
         (self.observe)(Progress {
             step: self.step,

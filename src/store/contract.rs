@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use super::{
-    Change, Chunk, Entry, InboxRange, InboxSummary, MessageId, OutgoingExchange, Owner, Retained,
-    SessionId, SessionRecord, Store, Stored, StoredSubscription, WillRecord,
+    Change, Chunk, Entry, InboxRange, InboxSummary, MessageId, Messages, OutgoingExchange, Owner,
+    Retained, SessionId, SessionRecord, Store, Stored, StoredSubscription, WillRecord,
 };
 use crate::mqtt::message::MessageParts;
 use crate::mqtt::topic::{RetainHandling, SubscribeOptions};
@@ -182,7 +182,7 @@ fn packet_id(value: u16) -> PacketId {
 
 pub(crate) async fn write(store: &dyn Store, changes: impl IntoIterator<Item = Change>) {
     store
-        .write(Arc::new(changes.into_iter().collect()), None)
+        .write(Arc::new(changes.into_iter().collect()), Messages::Present)
         .await
         .unwrap();
 }

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 
 use super::{
-    Change, Chunk, Entry, InboxRange, InboxSummary, LogPosition, MessageId, OutgoingExchange,
+    Change, Chunk, Entry, InboxRange, InboxSummary, MessageId, Messages, OutgoingExchange,
     Retained, SessionId, SessionRecord, Store, StoreError, Stored, StoredSession,
     StoredSubscription, Written,
 };
@@ -53,7 +53,7 @@ impl Store for MemoryStore {
     async fn write(
         &self,
         changes: Arc<Vec<Change>>,
-        _followed: Option<&[LogPosition]>,
+        _messages: Messages,
     ) -> Result<Written, StoreError> {
         let mut state = self.0.lock();
         changes.iter().for_each(|change| state.apply(change));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::{Change, Chunk, InboxRange, LogPosition, Store, StoreError, Stored, Written};
+use super::{Change, Chunk, InboxRange, Messages, Store, StoreError, Stored, Written};
 use crate::metrics::{Operation, StoreTotals};
 
 /// Another store, and what it was asked for.
@@ -29,10 +29,10 @@ impl Store for MeteredStore {
     async fn write(
         &self,
         changes: Arc<Vec<Change>>,
-        followed: Option<&[LogPosition]>,
+        messages: Messages,
     ) -> Result<Written, StoreError> {
         self.totals.batches.add_many(changes.len() as u64, 1);
-        let write = self.store.write(changes, followed);
+        let write = self.store.write(changes, messages);
         self.totals.measure(Operation::Write, write).await
     }
 

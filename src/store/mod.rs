@@ -42,9 +42,8 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     /// [`Change::EndSession`]; whatever is written for it before or after may be forgotten, and is
     /// never read again once it has ended. A caller that stops waiting does not undo the write.
     ///
-    /// With `followed`, all messages have been matched with what other nodes had put into their
-    /// subscription logs up to there: if one of these is longer when this is written, nothing counts
-    /// and [`Written::behind`] says so.
+    /// If one of other nodes' subscription logs is longer when this is written than the [`Messages`]
+    /// had been matched up to, nothing counts and [`Written::behind`] says so.
     ///
     /// # Errors
     /// `StoreError` when the outcome is unknown; the caller must acknowledge nothing of it. After
@@ -54,7 +53,7 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     async fn write(
         &self,
         changes: Arc<Vec<Change>>,
-        followed: Option<&[LogPosition]>,
+        messages: Messages,
     ) -> Result<Written, StoreError>;
 
     /// The chunks of an inbox in key order, from the one whose key is `range.from` or follows it,
@@ -110,6 +109,17 @@ impl StoreError {
     }
 }
 
+/// What of a write is for subscribers, whom other nodes may have more of.
+#[derive(Clone, Debug)]
+pub(crate) enum Messages {
+    /// Nothing.
+    Absent,
+    /// There may be something.
+    Present,
+    /// All of them have been matched with what other nodes had logged up to there.
+    MatchedTo(Vec<LogPosition>),
+}
+
 /// What a write came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Written {
@@ -119,8 +129,10 @@ pub(crate) struct Written {
     /// The messages have to be matched with `subscriptions` before anything of it counts.
     pub(crate) behind: bool,
     /// How far the subscription log of each node that is alive had come when the write was
-    /// durable; empty if this node is the only one.
+    /// durable; empty if this node is the only one, or nobody has to know.
     pub(crate) subscriptions: Vec<LogPosition>,
+    /// What it has added to the log of this node.
+    pub(crate) logged: Vec<LogEntry>,
 }
 
 /// The last entry of a node's subscription log.
@@ -128,6 +140,38 @@ pub(crate) struct Written {
 pub(crate) struct LogPosition {
     pub(crate) node: u32,
     pub(crate) entry: u64,
+}
+
+/// One entry of a node's subscription log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LogEntry {
+    pub(crate) position: LogPosition,
+    pub(crate) ops: Vec<LogOp>,
+}
+
+/// What happened to the subscriptions of `session`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LogOp {
+    pub(crate) session: SessionId,
+    /// The entries of one node are in order. For what two nodes did to one session, the higher
+    /// epoch is the later.
+    pub(crate) epoch: u64,
+    pub(crate) action: LogAction,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum LogAction {
+    Subscribe {
+        owner: Owner,
+        filter: SubscriptionFilter,
+        options: SubscribeOptions,
+        identifier: Option<u32>,
+    },
+    Unsubscribe(SubscriptionFilter),
+    /// A share group has an inbox from now on: that of the session.
+    OpenGroup(SubscriptionFilter),
+    /// Nothing is ever to be written to its inbox again.
+    End,
 }
 
 /// One incarnation of a session. A clean start makes a new one, so that whatever was written for
@@ -369,14 +413,6 @@ impl Change {
             } if sessions.contains(guard) => Some(chunk.key),
             _ => None,
         }
-    }
-
-    /// Whether other nodes have to know of it before they accept messages.
-    pub(crate) fn is_for_subscription_log(&self) -> bool {
-        matches!(
-            self,
-            Self::Subscribe { .. } | Self::Unsubscribe { .. } | Self::EndSession(_)
-        )
     }
 }
 

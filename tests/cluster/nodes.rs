@@ -11,7 +11,7 @@ use crate::node::{Cluster, Settings};
 use crate::proxy::Proxy;
 use crate::redis::{self, Redis};
 use crate::seed::Seed;
-use crate::wire::{Connect, DISCONNECT, Packet, Publish, Version, Will};
+use crate::wire::{self, Connect, DISCONNECT, Packet, Publish, Version, Will};
 use crate::workload::{Size, Workload};
 
 async fn start(nodes: usize, database: &Database) -> Cluster {
@@ -342,6 +342,31 @@ async fn subscribe_and_publish_elsewhere(mut cluster: Cluster) {
     }
 }
 
+/// Also if there are so many that other nodes read them from the store.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_subscriptions_hold_everywhere() {
+    let redis = Redis::start();
+    let mut cluster = redis::start(2, &redis).await;
+    let [here, there] = [0, 1].map(|node| cluster.node(node).address());
+    let publisher = Connect::fleeting(Version::V5, "publisher");
+    let mut publisher = Client::connect(there, &publisher).await;
+    let subscriber = Connect::persistent(Version::V5, "subscriber");
+    let mut subscriber = Client::connect(here, &subscriber).await;
+
+    let topics: Vec<String> = (0..500).map(|number| format!("topic/{number}")).collect();
+    let subscribe = wire::subscribe_to_all(Version::V5, 1, &topics, 1);
+    subscriber.send(&subscribe).await.unwrap();
+    let answer = subscriber.receive().await.unwrap();
+    assert_eq!(answer, Packet::SubAck(1));
+    for topic in &topics {
+        let publish = Publish::new(topic, "after SUBACK", 0);
+        publisher.publish(&publish).await.unwrap();
+    }
+    for topic in &topics {
+        assert_eq!(subscriber.message().await.unwrap().topic, *topic);
+    }
+}
+
 /// Whoever subscribes in the middle of a stream gets all of it from there on, and in order, although
 /// the node that it is published at hears of the subscription only then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -430,4 +455,30 @@ async fn a_will_is_discarded_before_the_client_moves() {
     let last = Publish::new("will", "nothing before", 1);
     mover.publish(&last).await.unwrap();
     assert_eq!(watcher.message().await.unwrap().text(), "nothing before");
+}
+
+/// A subscription is known at once where MongoDB does not answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_need_not_reach_mongodb_to_learn_of_a_subscription() {
+    let redis = Redis::start();
+    let mut set = ReplicaSet::start(1).await;
+    let database = Database::on(set.uri());
+    let proxy = Proxy::start(set.mongod(0).address()).await;
+    let settings = [database.clone(), database.through(&proxy)];
+    let settings = settings.map(|database| redis::settings(&database, redis.address()));
+    let mut cluster = Cluster::start(settings.into()).await;
+    for node in 0..2 {
+        cluster.node(node).wait_for_events("bus_up", 1);
+    }
+    let [here, there] = [0, 1].map(|node| cluster.node(node).address());
+    let publisher = Connect::fleeting(Version::V5, "publisher");
+    let mut publisher = Client::connect(there, &publisher).await;
+    proxy.pause();
+
+    let subscriber = Connect::persistent(Version::V5, "subscriber");
+    let mut subscriber = Client::connect(here, &subscriber).await;
+    subscriber.subscribe("news", 1).await.unwrap();
+    let news = Publish::new("news", "live", 0);
+    publisher.publish(&news).await.unwrap();
+    assert_eq!(subscriber.message().await.unwrap().text(), "live");
 }

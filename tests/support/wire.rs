@@ -160,12 +160,23 @@ impl Answer {
 }
 
 pub(crate) fn subscribe(version: Version, packet_id: u16, filter: &str, qos: u8) -> Vec<u8> {
+    subscribe_to_all(version, packet_id, &[filter], qos)
+}
+
+pub(crate) fn subscribe_to_all(
+    version: Version,
+    packet_id: u16,
+    filters: &[impl AsRef<str>],
+    qos: u8,
+) -> Vec<u8> {
     let mut body = packet_id.to_be_bytes().to_vec();
     if version == Version::V5 {
         body.push(0);
     }
-    put_text(&mut body, filter);
-    body.push(qos);
+    for filter in filters {
+        put_text(&mut body, filter.as_ref());
+        body.push(qos);
+    }
     frame(0x82, &body)
 }
 

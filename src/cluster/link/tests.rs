@@ -17,7 +17,7 @@ use crate::bus::mongodb::MongoBus;
 use crate::bus::wire::Frame;
 use crate::mqtt::Message;
 use crate::mqtt::message::MessageParts;
-use crate::store::{LogPosition, SessionId};
+use crate::store::SessionId;
 
 const MEBIBYTE: u64 = 1024 * 1024;
 
@@ -598,7 +598,7 @@ fn start_sending(
 async fn what_waits_is_sent_in_the_end_and_no_beat_after_it() {
     let (links, stop, sending) = start_sending(0, 2 * BEAT_INTERVAL);
     tokio::task::yield_now().await;
-    let item = Item::Log(LogPosition { node: 1, entry: 1 });
+    let item = Item::Ask { number: 1 };
     links.send(Destination::Node(2), &item);
 
     let begin = Instant::now();
@@ -613,7 +613,7 @@ async fn is_carried(refusals: u32) -> bool {
     let (links, stop, sending) = start_sending(refusals, Duration::ZERO);
     tokio::task::yield_now().await;
 
-    let item = Item::Log(LogPosition { node: 1, entry: 1 });
+    let item = Item::Ask { number: 1 };
     links.send(Destination::Node(2), &item);
     let carried = links.carried().await;
     stop.cancel();

@@ -25,7 +25,7 @@ use parking_lot::{Mutex, RwLock};
 use self::tables::Tables;
 use self::writer::Writer;
 use super::{
-    Change, Chunk, InboxRange, LogPosition, Retained, SessionId, Store, StoreError, Stored,
+    Change, Chunk, InboxRange, Messages, Retained, SessionId, Store, StoreError, Stored,
     StoredSession, Written,
 };
 
@@ -138,7 +138,8 @@ impl Store for EmbeddedStore {
         let Loaded { stored, orphans } = self.read(load).await?;
         if !orphans.is_empty() {
             let ends = orphans.into_iter().map(Change::EndSession);
-            self.write(Arc::new(ends.collect()), None).await?;
+            self.write(Arc::new(ends.collect()), Messages::Present)
+                .await?;
         }
         Ok(stored)
     }
@@ -146,7 +147,7 @@ impl Store for EmbeddedStore {
     async fn write(
         &self,
         changes: Arc<Vec<Change>>,
-        _followed: Option<&[LogPosition]>,
+        _messages: Messages,
     ) -> Result<Written, StoreError> {
         let jobs = self
             .writer

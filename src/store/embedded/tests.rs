@@ -11,7 +11,7 @@ use crate::store::contract::{
     Fixture, chunk, enqueue, everything_of, load, read_all, save, session, store_contract,
     subscribe, whole_inbox, write,
 };
-use crate::store::{InboxSummary, MessageId};
+use crate::store::{InboxSummary, MessageId, Messages};
 
 struct InDirectory {
     store: EmbeddedStore,
@@ -205,7 +205,9 @@ async fn closed_store_fails_cleanly() {
     store.close().await;
 
     assert!(matches!(
-        store.write(Arc::new(vec![save(session(1))]), None).await,
+        store
+            .write(Arc::new(vec![save(session(1))]), Messages::Present)
+            .await,
         Err(StoreError::Io(_))
     ));
     assert!(matches!(

@@ -11,10 +11,10 @@ use bytes::BufMut;
 use super::commands::{Query, array, binary};
 use super::documents::{Document, NODES, SESSIONS, SUBLOG, SessionDocument, key_of, owner_of};
 use super::{MongoStore, NodeRow};
-use crate::mqtt::SubscriptionFilter;
-use crate::mqtt::topic::SubscribeOptions;
 use crate::store::format::{self, Reader};
-use crate::store::{LogPosition, Owner, SessionId, StoreError, StoredSubscription};
+use crate::store::{
+    LogAction, LogEntry, LogOp, LogPosition, Owner, SessionId, StoreError, StoredSubscription,
+};
 
 /// Entries are removed after this time, by when every node that is alive has read them.
 pub(super) const LOG_SECONDS: i64 = 3600;
@@ -27,38 +27,6 @@ const SUBSCRIBE: u8 = 0;
 const UNSUBSCRIBE: u8 = 1;
 const END: u8 = 2;
 const GROUP: u8 = 3;
-
-/// One entry of a node's log.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct LogEntry {
-    pub(crate) position: LogPosition,
-    pub(crate) ops: Vec<LogOp>,
-}
-
-/// What happened to the subscriptions of `session`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct LogOp {
-    pub(crate) session: SessionId,
-    /// The entries of one node are in order. For what two nodes did to one session, the higher
-    /// epoch is the later.
-    pub(crate) epoch: u64,
-    pub(crate) action: LogAction,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum LogAction {
-    Subscribe {
-        owner: Owner,
-        filter: SubscriptionFilter,
-        options: SubscribeOptions,
-        identifier: Option<u32>,
-    },
-    Unsubscribe(SubscriptionFilter),
-    /// A share group has an inbox from now on: that of the session.
-    OpenGroup(SubscriptionFilter),
-    /// Nothing is ever to be written to its inbox again.
-    End,
-}
 
 /// The subscriptions of one session, for nodes that do not hold it.
 #[derive(Debug)]
@@ -139,31 +107,37 @@ impl MongoStore {
     }
 }
 
-/// The entries that hold `ops`, the first of which has the number that follows `position`.
-pub(super) fn entries(position: LogPosition, ops: &[LogOp]) -> Vec<RawDocumentBuf> {
-    let mut entries = Vec::new();
-    let mut next = position.entry;
-    let mut values = ops.iter().map(op_value).peekable();
-    while values.peek().is_some() {
-        let mut entry = Vec::new();
+/// The entries that hold `ops`, the first of which has the number that follows `position`, and their
+/// documents.
+pub(super) fn entries(
+    position: LogPosition,
+    ops: Vec<LogOp>,
+) -> (Vec<LogEntry>, Vec<RawDocumentBuf>) {
+    let (mut entries, mut documents) = (Vec::new(), Vec::new());
+    let with_value = |op| (op_value(&op), op);
+    let mut ops = ops.into_iter().map(with_value).peekable();
+    let mut position = position;
+    while ops.peek().is_some() {
+        let (mut values, mut entry) = (Vec::new(), Vec::new());
         let mut bytes = 0;
-        while let Some(value) = values.next_if(|value| {
+        while let Some((value, op)) = ops.next_if(|(value, _)| {
             entry.is_empty()
                 || entry.len() < ENTRY_OPS_MAX && bytes + value.len() <= ENTRY_BYTES_MAX
         }) {
             bytes += value.len();
-            entry.push(value);
+            values.push(value);
+            entry.push(op);
         }
-        next += 1;
-        let key = entry_key(LogPosition {
-            entry: next,
-            ..position
+        position.entry += 1;
+        let mut document = rawdoc! { "_id": entry_key(position), "at": DateTime::now() };
+        document.append(cstr!("ops"), array(values.into_iter().map(binary)));
+        documents.push(document);
+        entries.push(LogEntry {
+            position,
+            ops: entry,
         });
-        let mut document = rawdoc! { "_id": key, "at": DateTime::now() };
-        document.append(cstr!("ops"), array(entry.into_iter().map(binary)));
-        entries.push(document);
     }
-    entries
+    (entries, documents)
 }
 
 fn entry_key(position: LogPosition) -> bson::Binary {
@@ -190,7 +164,7 @@ fn read_entry(document: &bson::raw::RawDocument) -> Result<LogEntry, StoreError>
 
 /// `kind u8`, session 12, `epoch u64`; then of a subscription the `text` of its owner's key and
 /// [`format::subscription_value`], of others the `text` of the filter, if there is one.
-fn op_value(op: &LogOp) -> Vec<u8> {
+pub(crate) fn op_value(op: &LogOp) -> Vec<u8> {
     let mut value = Vec::new();
     value.put_u8(match op.action {
         LogAction::Subscribe { .. } => SUBSCRIBE,
@@ -219,7 +193,9 @@ fn op_value(op: &LogOp) -> Vec<u8> {
     value
 }
 
-fn read_op(value: &[u8]) -> Result<LogOp, StoreError> {
+/// # Errors
+/// `StoreError::Damaged` if it is none, or of a later version.
+pub(crate) fn read_op(value: &[u8]) -> Result<LogOp, StoreError> {
     let mut value = Reader::new("a log entry", value);
     let kind = value.u8()?;
     let (session, epoch) = (value.session()?, value.u64()?);

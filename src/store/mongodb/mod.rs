@@ -45,7 +45,7 @@ use self::documents::{
 use self::held::HeldSessions;
 use self::write::Transactions;
 use super::{
-    Change, Chunk, InboxRange, InboxSummary, LogPosition, OutgoingExchange, SessionId, Store,
+    Change, Chunk, InboxRange, InboxSummary, Messages, OutgoingExchange, SessionId, Store,
     StoreError, Stored, StoredSession, Written, format,
 };
 use crate::mqtt::PacketId;
@@ -53,7 +53,7 @@ use crate::mqtt::PacketId;
 pub(crate) use self::clients::{ClientRow, ClientsAsked};
 pub(crate) use self::estimates::Estimates;
 pub(crate) use self::groups::{GroupPlace, GroupRequest};
-pub(crate) use self::log::{LogAction, LogEntry, LogOp, SharedSession};
+pub(crate) use self::log::{SharedSession, op_value, read_op};
 pub(crate) use self::nodes::{NodeRow, NodeState};
 pub(crate) use self::open::{Leftover, OpenRequest, OpenedSession};
 use self::retained::KnownTopics;
@@ -362,10 +362,10 @@ impl Store for MongoStore {
     async fn write(
         &self,
         changes: Arc<Vec<Change>>,
-        followed: Option<&[LogPosition]>,
+        messages: Messages,
     ) -> Result<Written, StoreError> {
-        let (store, followed) = (self.clone(), followed.map(Vec::from));
-        let writing = async move { store.write_changes(&changes, followed.as_deref()).await };
+        let store = self.clone();
+        let writing = async move { store.write_changes(&changes, &messages).await };
         let writing = tokio::spawn(writing);
         writing
             .await

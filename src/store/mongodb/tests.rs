@@ -12,7 +12,10 @@ use crate::store::contract::{
     Fixture, chunk, enqueue, everything_of, filter, load, message, read_all, record, session,
     store_contract, subscribe,
 };
-use crate::store::{LogPosition, MessageId, Owner, Retained, SessionRecord, WillRecord};
+use crate::store::{
+    LogAction, LogEntry, LogOp, LogPosition, MessageId, Messages, Owner, Retained, SessionRecord,
+    WillRecord,
+};
 
 /// A database of its own on a server that tests share.
 struct MongoFixture {
@@ -110,7 +113,7 @@ async fn open(store: &MongoStore, request: OpenRequest) -> OpenedSession {
 
 async fn written(store: &MongoStore, changes: impl IntoIterator<Item = Change>) -> Written {
     let changes = Arc::new(changes.into_iter().collect());
-    store.write(changes, None).await.unwrap()
+    store.write(changes, Messages::Present).await.unwrap()
 }
 
 fn offline(opened: &OpenedSession, ends_at: u64) -> Change {
@@ -446,12 +449,15 @@ async fn write_that_is_behind_the_logs_of_others_counts_for_nothing() {
         guarded(session(2), chunk(1, 1), session(1)),
     ]);
 
-    let behind = fixture.store.write(changes.clone(), Some(&[])).await;
+    let behind = fixture
+        .store
+        .write(changes.clone(), Messages::MatchedTo(Vec::new()))
+        .await;
     let behind = behind.unwrap();
     assert!(behind.behind);
     assert_eq!(behind.subscriptions, logged.subscriptions);
     assert_eq!(read_all(&*other, session(2)).await, []);
-    let followed = Some(&*behind.subscriptions);
+    let followed = Messages::MatchedTo(behind.subscriptions);
     let written = fixture.store.write(changes, followed).await.unwrap();
     assert!(!written.behind);
     assert_eq!(read_all(&*other, session(2)).await, [chunk(1, 1)]);
@@ -540,11 +546,12 @@ async fn node_that_was_declared_dead_is_fenced() {
     assert!(other.declare_dead(node, alive.beats).await.unwrap());
     let is_fenced = |error| matches!(error, Err(StoreError::Fenced));
     assert!(is_fenced(fixture.store.heartbeat(8).await));
-    for change in [
-        subscribe(session(1), "a"),
-        enqueue(session(2), &chunk(1, 1)),
+    for (change, messages) in [
+        (subscribe(session(1), "a"), Messages::Absent),
+        (subscribe(session(1), "a"), Messages::Present),
+        (enqueue(session(2), &chunk(1, 1)), Messages::Present),
     ] {
-        let outcome = fixture.store.write(Arc::new(vec![change]), None).await;
+        let outcome = fixture.store.write(Arc::new(vec![change]), messages).await;
         assert!(is_fenced(outcome.map(|_| ())));
     }
     assert!(load(&*other).await.sessions[0].subscriptions.is_empty());
@@ -559,11 +566,12 @@ async fn node_whose_number_another_has_after_the_database_was_dropped_is_fenced(
     assert_eq!(other.node(), fixture.store.node());
 
     let is_fenced = |error| matches!(error, Err(StoreError::Fenced));
-    for change in [
-        subscribe(session(1), "a"),
-        enqueue(session(2), &chunk(1, 1)),
+    for (change, messages) in [
+        (subscribe(session(1), "a"), Messages::Absent),
+        (subscribe(session(1), "a"), Messages::Present),
+        (enqueue(session(2), &chunk(1, 1)), Messages::Present),
     ] {
-        let outcome = fixture.store.write(Arc::new(vec![change]), None).await;
+        let outcome = fixture.store.write(Arc::new(vec![change]), messages).await;
         assert!(is_fenced(outcome.map(|_| ())));
     }
     assert!(is_fenced(fixture.store.heartbeat(8).await));
@@ -767,8 +775,24 @@ async fn subscriptions_are_known_to_other_nodes() {
             ops: vec![op(action)],
         });
     assert_eq!(entries, expected.collect::<Vec<_>>());
+    assert_eq!(end.logged, entries[1..]);
     assert!(end.subscriptions.contains(&from(3)));
     assert_eq!(other.read_log(from(3)).await.unwrap(), Some(Vec::new()));
+}
+
+#[tokio::test]
+async fn who_has_no_messages_is_not_told_of_subscriptions() {
+    let fixture = MongoFixture::new().await;
+    let store = &fixture.store;
+    open(store, request("client", session(1))).await;
+
+    let changes = Arc::new(vec![subscribe(session(1), "a")]);
+    let written = store.write(changes, Messages::Absent).await.unwrap();
+    assert_eq!(written.subscriptions, []);
+    assert_eq!(written.logged.len(), 1);
+    let changes = Arc::new(Vec::new());
+    let written = store.write(changes, Messages::Present).await.unwrap();
+    assert_eq!(written.subscriptions.len(), 1);
 }
 
 #[tokio::test]
@@ -1158,11 +1182,15 @@ async fn insert_that_failed_or_seemed_to_may_be_repeated() {
 
         let failed = fixture
             .store
-            .write(changes.clone(), None)
+            .write(changes.clone(), Messages::Present)
             .await
             .unwrap_err();
         assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
-        fixture.store.write(changes, None).await.unwrap();
+        fixture
+            .store
+            .write(changes, Messages::Present)
+            .await
+            .unwrap();
         let inbox = read_all(&*fixture.store, session(1)).await;
         assert_eq!(inbox.last(), Some(&chunk(hlc, 1)));
         assert_eq!(inbox.len() as u64, hlc);
@@ -1182,7 +1210,7 @@ async fn error_passes_unless_somebody_has_to_mend_it_or_the_command_is_wrong() {
     for how in passing.into_iter().chain([retryable, overloaded]) {
         fail_next(&fixture, "insert", how.clone()).await;
         let changes = Arc::new(vec![enqueue(session(1), &chunk(1, 1))]);
-        let failed = store.write(changes, None).await.unwrap_err();
+        let failed = store.write(changes, Messages::Present).await.unwrap_err();
         assert!(
             matches!(failed, StoreError::Unavailable(_)),
             "{how}: {failed}"
@@ -1199,7 +1227,7 @@ async fn error_passes_unless_somebody_has_to_mend_it_or_the_command_is_wrong() {
     for refused in [13, 18, 8000] {
         fail_next(&fixture, "insert", code(refused)).await;
         let changes = Arc::new(vec![enqueue(session(1), &chunk(1, 1))]);
-        let failed = store.write(changes, None).await.unwrap_err();
+        let failed = store.write(changes, Messages::Present).await.unwrap_err();
         assert!(
             matches!(failed, StoreError::Unusable { .. }),
             "{refused}: {failed}"
@@ -1210,7 +1238,7 @@ async fn error_passes_unless_somebody_has_to_mend_it_or_the_command_is_wrong() {
     for nonsense in [2, 9, 10_334] {
         fail_next(&fixture, "insert", code(nonsense)).await;
         let changes = Arc::new(vec![enqueue(session(1), &chunk(1, 1))]);
-        let failed = store.write(changes, None).await.unwrap_err();
+        let failed = store.write(changes, Messages::Present).await.unwrap_err();
         assert!(matches!(failed, StoreError::Io(_)), "{nonsense}: {failed}");
     }
 }
@@ -1278,7 +1306,7 @@ async fn transaction_that_fails_for_no_known_reason_is_written_once_in_the_end()
         ]);
 
         let written = loop {
-            match store.write(changes.clone(), None).await {
+            match store.write(changes.clone(), Messages::Present).await {
                 Ok(written) => break written,
                 Err(error) => assert!(error.may_pass(), "{command}: {error}"),
             }
@@ -1311,11 +1339,14 @@ async fn exactly_once_message_is_taken_over_only_after_it_is_retained() {
     let how = bson::doc! { "errorCode": 91, "namespace": namespace };
     fail_next(&fixture, "insert", how).await;
 
-    let failed = store.write(changes.clone(), None).await.unwrap_err();
+    let failed = store
+        .write(changes.clone(), Messages::Present)
+        .await
+        .unwrap_err();
     assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
     let stored = load(&**store).await;
     assert!(stored.sessions[0].awaiting_release.is_empty());
-    store.write(changes, None).await.unwrap();
+    store.write(changes, Messages::Present).await.unwrap();
     let stored = load(&**store).await;
     assert_eq!(stored.sessions[0].awaiting_release.len(), 1);
     assert_eq!(stored.retained.len(), 1);
@@ -1357,10 +1388,13 @@ async fn committed_transaction_is_not_repeated_when_what_follows_it_failed() {
     fail(&fixture, "find", "alwaysOn", too_slow).await;
     let changes = Arc::new(vec![subscribe(session(1), "a"), await_release(session(2))]);
 
-    let failed = store.write(changes.clone(), None).await.unwrap_err();
+    let failed = store
+        .write(changes.clone(), Messages::Present)
+        .await
+        .unwrap_err();
     assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
     fail(&fixture, "find", "off", bson::doc! {}).await;
-    let again = store.write(changes, None).await.unwrap();
+    let again = store.write(changes, Messages::Present).await.unwrap();
     assert_eq!(again.lost, [session(2)]);
     assert_eq!(again.subscriptions[0].entry, 1);
     let next = written(store, [subscribe(session(1), "b")]).await;
@@ -1383,10 +1417,13 @@ async fn commit_of_which_nothing_was_heard_is_repeated_before_anything_else() {
         Change::SaveSession(Box::new(record(session(3)))),
     ]);
 
-    let failed = store.write(changes.clone(), None).await.unwrap_err();
+    let failed = store
+        .write(changes.clone(), Messages::Present)
+        .await
+        .unwrap_err();
     assert!(matches!(failed, StoreError::Unavailable(_)), "{failed}");
     fail(&fixture, "commitTransaction", "off", bson::doc! {}).await;
-    let again = store.write(changes, None).await.unwrap();
+    let again = store.write(changes, Messages::Present).await.unwrap();
     assert_eq!(again.lost, []);
     assert_eq!(again.subscriptions[1].entry, 1);
     let next = written(&store, [subscribe(session(3), "b")]).await;
@@ -1403,7 +1440,7 @@ async fn transaction_of_a_dead_node_is_ended() {
     let changes = Arc::new(vec![subscribe(session(1), "a")]);
     let writing = tokio::spawn({
         let (store, changes) = (fixture.store.clone(), changes.clone());
-        async move { store.write(changes, None).await }
+        async move { store.write(changes, Messages::Present).await }
     });
     let admin = other.commands.database().client().database("admin");
     let entered = bson::doc! {
@@ -1420,7 +1457,10 @@ async fn transaction_of_a_dead_node_is_ended() {
     assert!(open(&other, request("client", session(2))).await.present);
     let mut outcome = writing.await.unwrap();
     while let Err(StoreError::Unavailable(_)) = outcome {
-        outcome = fixture.store.write(changes.clone(), None).await;
+        outcome = fixture
+            .store
+            .write(changes.clone(), Messages::Present)
+            .await;
     }
     assert!(matches!(outcome, Err(StoreError::Fenced)), "{outcome:?}");
 }

@@ -31,12 +31,12 @@ use super::documents::{
     chunk_fields, key_of, subscription_field,
 };
 use super::held::{Held, Hold};
-use super::log::{self, LogAction, LogOp};
+use super::log;
 use crate::failpoint;
 use crate::mqtt::SubscriptionFilter;
 use crate::store::{
-    Change, Chunk, LogPosition, MessageId, Owner, SessionId, SessionRecord, StoreError, Written,
-    format,
+    Change, Chunk, LogAction, LogEntry, LogOp, LogPosition, MessageId, Messages, Owner, SessionId,
+    SessionRecord, StoreError, Written, format,
 };
 
 /// Wait before a transaction is repeated that others were in the way of, at first and at most.
@@ -62,7 +62,7 @@ enum Refusal {
 /// What a transaction changes of what this node holds, once it is committed.
 struct Staged {
     holds: Vec<(SessionId, Option<Hold>)>,
-    log_entries: u64,
+    logged: Vec<LogEntry>,
 }
 
 /// What is to be written in one transaction.
@@ -74,7 +74,7 @@ struct Together<'a> {
     lost: Vec<SessionId>,
     /// Another attempt may have committed although its answer was lost.
     may_be_there: bool,
-    followed: Option<&'a [LogPosition]>,
+    messages: &'a Messages,
 }
 
 /// What became of it.
@@ -86,6 +86,7 @@ enum Outcome {
 #[derive(Clone, Default)]
 struct Committed {
     lost: Vec<SessionId>,
+    logged: Vec<LogEntry>,
     time: Option<Timestamp>,
 }
 
@@ -132,7 +133,7 @@ impl MongoStore {
     pub(super) async fn write_changes(
         &self,
         changes: &Arc<Vec<Change>>,
-        followed: Option<&[LogPosition]>,
+        messages: &Messages,
     ) -> Result<Written, StoreError> {
         let mut batch = Batch::of(changes);
         let mut retained = std::mem::take(&mut batch.retained);
@@ -147,7 +148,7 @@ impl MongoStore {
         }
         // Each is waited for, even if another one has failed: a transaction would be left open.
         let (together, plain, retained) = tokio::join!(
-            self.write_together(changes, batch, followed),
+            self.write_together(changes, batch, messages),
             self.write_plain(&plain),
             self.write_retained(&retained),
         );
@@ -157,14 +158,21 @@ impl MongoStore {
                 subscriptions,
                 ..Written::default()
             }),
-            (Outcome::Committed(Committed { lost, time }), plain, retained) => {
-                let time = time.max(plain).max(retained).max(earlier);
-                let subscriptions = self.log_positions(time).await?;
+            (Outcome::Committed(committed), plain, retained) => {
+                let Committed { lost, logged, time } = committed;
+                // A transaction with a log entry has seen that this node is up.
+                let subscriptions = if matches!(messages, Messages::Absent) && !logged.is_empty() {
+                    Vec::new()
+                } else {
+                    let time = time.max(plain).max(retained).max(earlier);
+                    self.log_positions(time).await?
+                };
                 self.transactions.lock().await.last = None;
                 Ok(Written {
                     lost,
                     behind: false,
                     subscriptions,
+                    logged,
                 })
             }
         }
@@ -249,7 +257,7 @@ impl MongoStore {
         &self,
         changes: &Arc<Vec<Change>>,
         batch: Batch<'a>,
-        followed: Option<&'a [LogPosition]>,
+        messages: &'a Messages,
     ) -> Result<Outcome, StoreError> {
         if batch.is_empty() {
             return Ok(Outcome::Committed(Committed::default()));
@@ -263,7 +271,7 @@ impl MongoStore {
             batch,
             lost: Vec::new(),
             may_be_there: false,
-            followed,
+            messages,
         };
         together.leave_out_lost();
         let deadline = Instant::now() + self.timeout;
@@ -275,6 +283,7 @@ impl MongoStore {
                         changes: changes.clone(),
                         committed: Committed {
                             lost: together.lost.clone(),
+                            logged: staged.logged.clone(),
                             time: None,
                         },
                         unknown: Some(staged),
@@ -317,7 +326,7 @@ impl MongoStore {
         }
         Ok(Outcome::Committed(Committed {
             lost: together.lost,
-            time: None,
+            ..Committed::default()
         }))
     }
 
@@ -375,7 +384,7 @@ impl MongoStore {
     }
 
     fn adopt(&self, staged: Staged) {
-        *self.log_entry.lock() += staged.log_entries;
+        *self.log_entry.lock() += staged.logged.len() as u64;
         for (session, hold) in staged.holds {
             match hold {
                 Some(hold) => self.held.insert(session, hold),
@@ -461,7 +470,7 @@ impl MongoStore {
         session: &mut ClientSession,
         together: &Together<'_>,
     ) -> Result<Staged, Refusal> {
-        if let Some(followed) = together.followed {
+        if let Messages::MatchedTo(followed) = together.messages {
             self.stage_version_read(session, followed).await?;
         }
         let batch = &together.batch;
@@ -490,8 +499,7 @@ impl MongoStore {
             node: self.node,
             entry: *self.log_entry.lock(),
         };
-        let entries = log::entries(position, &part.log);
-        let log_entries = entries.len() as u64;
+        let (logged, entries) = log::entries(position, part.log);
         self.send(session, Verb::Insert, SUBLOG, entries).await?;
 
         let is_too_large =
@@ -514,10 +522,10 @@ impl MongoStore {
             delete(rawdoc! { "_id": &*key, "sid": absent(), "og": absent() })
         });
         self.send(session, Verb::Delete, SESSIONS, emptied).await?;
-        if log_entries > 0 {
+        if !logged.is_empty() {
             let mut expected = self.itself();
             expected.append(cstr!("k"), position.entry.cast_signed());
-            let lengthen = rawdoc! { "$inc": { "k": log_entries.cast_signed() } };
+            let lengthen = rawdoc! { "$inc": { "k": logged.len() as i64 } };
             let lengthen = [update(expected, lengthen, false)];
             if self.send(session, Verb::Update, NODES, lengthen).await? != 1 {
                 return Err(Refusal::Node);
@@ -525,7 +533,7 @@ impl MongoStore {
         }
         Ok(Staged {
             holds: part.holds,
-            log_entries,
+            logged,
         })
     }
 
