@@ -313,7 +313,14 @@ impl Malformed {
 
 /// The beginning of a frame; [`Item::put`] and [`Signal::put`] add to it.
 pub(crate) fn begin() -> Vec<u8> {
-    vec![0; HEADER_BYTES]
+    begin_with_room(HEADER_BYTES)
+}
+
+/// The same, of a frame that may become `bytes` long without being moved.
+pub(crate) fn begin_with_room(bytes: usize) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(bytes);
+    frame.resize(HEADER_BYTES, 0);
+    frame
 }
 
 /// Ends a frame.
@@ -368,9 +375,10 @@ impl Frame {
                 store_ok: flags & FLAG_STORE_OK != 0,
             },
         };
-        let mut contents = Vec::new();
+        let mut contents = Vec::with_capacity(Reader(reader.0).count());
+        let mut last_publisher = Arc::default();
         while !reader.0.is_empty() {
-            contents.extend(Reader(reader.bytes()?).content()?);
+            contents.extend(Reader(reader.bytes()?).content(&mut last_publisher)?);
         }
         Some((header, contents))
     }
@@ -792,8 +800,26 @@ impl<'a> Reader<'a> {
         self.take(length as usize)
     }
 
+    /// How many `bytes` there are.
+    fn count(mut self) -> usize {
+        let mut count = 0;
+        while self.bytes().is_some() {
+            count += 1;
+        }
+        count
+    }
+
     fn text(&mut self) -> Option<&'a str> {
         std::str::from_utf8(self.bytes()?).ok()
+    }
+
+    /// Most often the same as `last`.
+    fn shared_text(&mut self, last: &mut Arc<str>) -> Option<Arc<str>> {
+        let text = self.text()?;
+        if **last != *text {
+            *last = text.into();
+        }
+        Some(last.clone())
     }
 
     /// Asks for no memory before the members are seen to be there.
@@ -887,7 +913,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Nothing in it if it is of a later version.
-    fn content(&mut self) -> Option<Option<Content>> {
+    fn content(&mut self, last_publisher: &mut Arc<str>) -> Option<Option<Content>> {
         let item = match self.u8()? {
             DELIVER => Item::Deliver {
                 session: self.session()?,
@@ -909,7 +935,7 @@ impl<'a> Reader<'a> {
                 }
             }
             PUBLISH => Item::Publish {
-                publisher: self.text()?.into(),
+                publisher: self.shared_text(last_publisher)?,
                 message: self.message()?,
             },
             OWN => Item::Own {

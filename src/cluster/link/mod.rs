@@ -406,19 +406,27 @@ impl Links {
 
     /// Returns whether messages are held back.
     fn add(&self, to: Destination, add: impl FnOnce(&mut Outgoing, u64, Room) -> bool) -> bool {
-        if matches!(to, Destination::Node(node) if node == self.node || self.is_gone(node)) {
+        let mut sending = self.sending.lock();
+        // Nodes that are gone have no stream, and get none.
+        if let Destination::Node(node) = to
+            && !sending.direct.contains_key(&node)
+            && (node == self.node || self.is_gone(node))
+        {
             return false;
         }
-        let mut sending = self.sending.lock();
         sending.added += 1;
         let (number, room) = (sending.added, sending.room());
         let outgoing = sending.outgoing(to);
+        // Of what waits already it has been told that there is something to send.
+        let is_known = outgoing.is_waiting();
         if !add(outgoing, number, room) {
             self.counters.failures.of(BusFailure::LeftOut).inc();
         }
         let holds_back = outgoing.has_held();
         drop(sending);
-        self.work.notify_one();
+        if !is_known || holds_back {
+            self.work.notify_one();
+        }
         holds_back
     }
 

@@ -69,6 +69,8 @@ pub(super) struct Outgoing {
     last: u64,
     /// Frames that were not sent yet; the last one may take more.
     waiting: VecDeque<(u64, Vec<u8>)>,
+    /// The length of the last frame sent: the next one is likely to be as long.
+    usual_bytes: usize,
     /// Frames that were.
     sent: VecDeque<(u64, Bytes)>,
     /// The length of all frames, waiting and sent.
@@ -122,6 +124,7 @@ impl Outgoing {
             stream,
             last: 0,
             waiting: VecDeque::new(),
+            usual_bytes: HEADER_BYTES,
             sent: VecDeque::new(),
             bytes: 0,
             standing: Standing::Unknown,
@@ -267,6 +270,11 @@ impl Outgoing {
         self.bytes + self.held_bytes
     }
 
+    /// Whether something is to be sent now.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     pub(super) fn has_held(&self) -> bool {
         !self.held.is_empty()
     }
@@ -337,7 +345,7 @@ impl Outgoing {
                 self.waiting.extend(full);
                 self.last += 1;
                 self.bytes += HEADER_BYTES;
-                wire::begin()
+                wire::begin_with_room(self.usual_bytes)
             }
         };
         self.bytes -= frame.len();
@@ -399,6 +407,7 @@ impl Outgoing {
                     ..stamp
                 },
             };
+            self.usual_bytes = frame.len();
             let frame = wire::seal(frame, header);
             self.sent.push_back((sequence, frame.clone()));
             frames.push(frame);
@@ -451,7 +460,8 @@ fn write(frame: &mut Vec<u8>, put: impl FnOnce(&mut Vec<u8>)) -> Option<Vec<u8>>
     if before == HEADER_BYTES || frame.len() <= FRAME_BYTES {
         return None;
     }
-    let next = [&wire::begin(), &frame[before..]].concat();
+    let mut next = wire::begin_with_room(FRAME_BYTES);
+    next.extend_from_slice(&frame[before..]);
     frame.truncate(before);
     Some(next)
 }
