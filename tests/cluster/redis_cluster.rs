@@ -15,9 +15,13 @@ use crate::workload::{Size, Workload};
 /// Three masters, each with a third of the hash slots.
 struct RedisCluster {
     masters: Vec<Redis>,
-    /// Where each finds them again when it is started again.
-    _directories: Vec<TempDir>,
+    replicas: Vec<Redis>,
+    /// Where each finds the others again when it is started again.
+    directories: Vec<TempDir>,
 }
+
+/// Where a server of a cluster is reached, by clients and by the others.
+struct Ports([String; 2]);
 
 /// In the order of the masters.
 const SLOTS: [[u16; 2]; 3] = [[0, 5460], [5461, 10922], [10923, 16383]];
@@ -25,49 +29,89 @@ const SLOTS: [[u16; 2]; 3] = [[0, 5460], [5461, 10922], [10923, 16383]];
 /// Between looks at what is not ready yet.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
+/// After this, the others elect a replica of a master that they do not hear of.
+const NODE_TIMEOUT_MS: &str = "2000";
+
 impl RedisCluster {
     async fn start() -> Self {
-        let directories: Vec<_> = SLOTS.map(|_| tempfile::tempdir().unwrap()).into();
-        let mut masters = Vec::new();
-        let mut addresses = Vec::new();
-        for directory in &directories {
-            let [port, bus_port] = one_redis::free_ports();
-            let [own, bus] = [port, bus_port].map(|port| port.to_string());
-            let directory = directory.path().to_str().unwrap();
-            let arguments = ["--cluster-enabled", "yes", "--cluster-port", &bus];
-            let arguments = [&arguments[..], &["--dir", directory]].concat();
-            let arguments = arguments.iter().map(|argument| (*argument).to_owned());
-            masters.push(Redis::start_at(port, arguments.collect()));
-            addresses.push([own, bus]);
+        let mut cluster = Self {
+            masters: Vec::new(),
+            replicas: Vec::new(),
+            directories: Vec::new(),
+        };
+        let mut all_ports = Vec::new();
+        for _ in SLOTS {
+            let (master, ports) = cluster.start_server();
+            cluster.masters.push(master);
+            all_ports.push(ports);
         }
-        for (epoch, (master, slots)) in (1..).zip(masters.iter().zip(SLOTS)) {
+        for (epoch, (master, slots)) in (1..).zip(cluster.masters.iter().zip(SLOTS)) {
             let epoch = format!("{epoch}");
             let [first, last] = slots.map(|slot| slot.to_string());
             let set_epoch = ["CLUSTER", "SET-CONFIG-EPOCH", &epoch];
             let () = master.ask(&set_epoch).await;
             let add_slots = ["CLUSTER", "ADDSLOTSRANGE", &first, &last];
             let () = master.ask(&add_slots).await;
-            for [port, bus_port] in &addresses {
-                let meet = ["CLUSTER", "MEET", "127.0.0.1", port, bus_port];
-                let () = master.ask(&meet).await;
+            for ports in &all_ports {
+                meet(master, ports).await;
             }
         }
-        for master in &masters {
-            let is_up = |info: String| {
-                let all = [
-                    "cluster_state:ok",
-                    "cluster_known_nodes:3",
-                    "cluster_size:3",
-                ];
-                all.iter().all(|line| info.lines().any(|it| it == *line))
-            };
-            while !is_up(master.ask(&["CLUSTER", "INFO"]).await) {
+        cluster.wait_for_info("cluster_known_nodes:3").await;
+        cluster.wait_for_info("cluster_size:3").await;
+        cluster.wait_for_info("cluster_state:ok").await;
+        cluster
+    }
+
+    /// One that belongs to none yet.
+    fn start_server(&mut self) -> (Redis, Ports) {
+        let directory = tempfile::tempdir().unwrap();
+        let [port, bus_port] = one_redis::free_ports();
+        let ports = [port, bus_port].map(|port| port.to_string());
+        let path = directory.path().to_str().unwrap();
+        let arguments = ["--cluster-enabled", "yes", "--cluster-port", &ports[1]];
+        let arguments = [&arguments[..], &["--dir", path]].concat();
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned());
+        let server = Redis::start_at(port, arguments.collect());
+        self.directories.push(directory);
+        (server, Ports(ports))
+    }
+
+    /// Gives each master a replica, in the same order.
+    async fn add_replicas(&mut self) {
+        for _ in SLOTS {
+            let (replica, ports) = self.start_server();
+            meet(&self.masters[0], &ports).await;
+            self.replicas.push(replica);
+        }
+        self.wait_for_info("cluster_known_nodes:6").await;
+        for (master, replica) in self.masters.iter().zip(&self.replicas) {
+            let master: String = master.ask(&["CLUSTER", "MYID"]).await;
+            let () = replica.ask(&["CLUSTER", "REPLICATE", &master]).await;
+        }
+        for server in self.servers() {
+            let hurry = ["CONFIG", "SET", "cluster-node-timeout", NODE_TIMEOUT_MS];
+            let () = server.ask(&hurry).await;
+        }
+        // A replica that has nothing yet is not elected, nor one that the masters do not know of.
+        for replica in &self.replicas {
+            wait_for_line(replica, &["INFO", "replication"], "master_link_status:up").await;
+        }
+        for master in &self.masters {
+            let replicas_of = |nodes: String| nodes.matches(" slave ").count();
+            while replicas_of(master.ask(&["CLUSTER", "NODES"]).await) < SLOTS.len() {
                 sleep(POLL_INTERVAL).await;
             }
         }
-        Self {
-            masters,
-            _directories: directories,
+    }
+
+    fn servers(&self) -> impl Iterator<Item = &Redis> {
+        self.masters.iter().chain(&self.replicas)
+    }
+
+    /// Waits until all servers say this of the cluster.
+    async fn wait_for_info(&self, line: &str) {
+        for server in self.servers() {
+            wait_for_line(server, &["CLUSTER", "INFO"], line).await;
         }
     }
 
@@ -109,6 +153,18 @@ impl RedisCluster {
             let mut connection = master.connect().await;
             moving.exec_async(&mut connection).await.unwrap();
         }
+    }
+}
+
+async fn meet(server: &Redis, Ports([port, bus_port]): &Ports) {
+    let meet = ["CLUSTER", "MEET", "127.0.0.1", port, bus_port];
+    let () = server.ask(&meet).await;
+}
+
+async fn wait_for_line(server: &Redis, question: &[&str], line: &str) {
+    let says = |answer: String| answer.lines().any(|it| it == line);
+    while !says(server.ask(question).await) {
+        sleep(POLL_INTERVAL).await;
     }
 }
 
@@ -167,6 +223,29 @@ async fn a_master_of_a_redis_cluster_is_killed_and_starts_again() {
     }
 
     workload.finish().await;
+}
+
+/// Its replica is elected in its place, at an address that no node was told of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_master_of_a_redis_cluster_is_killed_and_its_replica_takes_over() {
+    let mut seed = Seed::new();
+    let mut redis = RedisCluster::start().await;
+    redis.add_replicas().await;
+    let mut cluster = start(3, &redis).await;
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+
+    workload.wait_for_percent(seed.between(5, 40)).await;
+    let master = redis.master_of_all().await;
+    redis.masters[master].kill();
+    for node in 0..3 {
+        cluster.node(node).wait_for_events("bus_down", 1);
+        cluster.node(node).wait_for_events("bus_up", 2);
+    }
+
+    workload.finish().await;
+    let channels = ["PUBSUB", "SHARDCHANNELS", "midge:*:all}"];
+    let heard_there: Vec<String> = redis.replicas[master].ask(&channels).await;
+    assert_eq!(heard_there.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
