@@ -82,9 +82,7 @@ impl Node {
         let mailbox = self.shared.mailbox_or(session.session, || {
             self.shared_mailbox(session.session, client_id.clone())
         });
-        if self.shared.place(client_id, place) {
-            mailbox.set_holder(place.node);
-        }
+        self.place(&mailbox, place);
         for subscription in session.subscriptions {
             self.learn(
                 &mailbox,

@@ -95,10 +95,8 @@ impl Node {
                     epoch,
                     node: None,
                 };
-                if let Some(mailbox) = self.shared.mailbox(session)
-                    && self.shared.place(&mailbox.client_id, place)
-                {
-                    mailbox.set_holder(None);
+                if let Some(mailbox) = self.shared.mailbox(session) {
+                    self.place(&mailbox, place);
                 }
             }
             Item::Route { reset, add, remove } => {
@@ -282,12 +280,13 @@ impl Node {
                 node: None,
                 ..place
             };
-            if self.shared.place(&client_id, place)
-                && let Some(session) = place.session
-                && let Some(mailbox) = self.shared.mailbox(session)
+            match place
+                .session
+                .and_then(|session| self.shared.mailbox(session))
             {
-                mailbox.set_holder(None);
-            }
+                Some(mailbox) => self.place(&mailbox, place),
+                None => self.shared.place(&client_id, place),
+            };
         }
         self.look_for_messages();
     }

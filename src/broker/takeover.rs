@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use super::Node;
 use super::clients::{Claim, Detached, SessionSubscriptions};
 use super::consumer::{Consumer, Inbox};
-use super::flush::{Receipt, unix_ms};
+use super::flush::{Additions, Receipt, unix_ms};
 use super::mailbox::Mailbox;
 use super::sessions::{Connected, NotOpened, Taken, WillFate};
 use super::shared::Place;
@@ -199,10 +199,17 @@ impl Node {
             epoch,
             node,
         };
-        let is_newest = self.shared.place(client_id, place);
+        let is_newest = {
+            let _in_one_step = self.flusher.add();
+            let is_newest = self.shared.place(client_id, place);
+            // Else the inbox is that of the node that has taken the session since.
+            if is_newest {
+                mailbox.regain();
+            }
+            is_newest
+        };
         // Whoever had the client before this may have been heard of only now.
         self.clients.rebind(client_id, &mailbox);
-        mailbox.regain();
         // Whoever takes the session from now on is heard.
         if !is_newest || self.shared.place_of(client_id) != Some(place) {
             self.clients.release(client_id, None);
@@ -449,6 +456,17 @@ impl Node {
         }
     }
 
+    /// Notes where the client of a session is, and so whose its inbox is, unless that is known to be out
+    /// of date.
+    pub(super) fn place(&self, mailbox: &Arc<Mailbox>, place: Place) -> bool {
+        let _in_one_step = self.flusher.add();
+        let is_news = self.shared.place(&mailbox.client_id, place);
+        if is_news {
+            mailbox.set_holder(place.node);
+        }
+        is_news
+    }
+
     /// A client is at another node now.
     pub(super) fn client_moved(
         &self,
@@ -464,14 +482,20 @@ impl Node {
             epoch,
             node: session.map(|_| node),
         };
+        let in_one_step = self.flusher.add();
         if !self.shared.place(client_id, place) {
             return;
         }
-        if let Some(session) = session {
+        let detached = if let Some(session) = session {
             let mailbox = self
                 .shared
                 .mailbox_or(session, || self.shared_mailbox(session, client_id.clone()));
-            let detached = self.let_go(client_id, &mailbox, Some(node));
+            self.let_go(in_one_step, client_id, &mailbox, Some(node))
+        } else {
+            drop(in_one_step);
+            None
+        };
+        if session.is_some() {
             let was_here = before.is_some_and(|place| place.node == Some(self.flusher.node))
                 || detached.is_some()
                 || self.is_will_discarded(client_id);
@@ -498,11 +522,11 @@ impl Node {
                 let mut takers = self.takeovers.takers.lock();
                 takers.insert(client_id.clone(), (node, epoch));
             }
-            self.let_go(client_id, &mailbox, None);
+            self.let_go(self.flusher.add(), client_id, &mailbox, None);
         } else if let Some(before) = before.filter(|before| Some(*before) != session)
             && let Some(mailbox) = self.shared.mailbox(before)
         {
-            self.let_go(client_id, &mailbox, None);
+            self.let_go(self.flusher.add(), client_id, &mailbox, None);
         }
     }
 
@@ -513,11 +537,12 @@ impl Node {
                 continue;
             }
             if let Some(mailbox) = self.shared.mailbox(*session) {
+                let in_one_step = self.flusher.add();
                 let place = self.shared.place_of(&mailbox.client_id);
                 // Its new node may not have been heard of yet.
                 let holder = place.and_then(|place| place.node);
                 let holder = holder.filter(|node| *node != self.flusher.node);
-                self.let_go(&mailbox.client_id, &mailbox, holder);
+                self.let_go(in_one_step, &mailbox.client_id, &mailbox, holder);
             }
         }
     }
@@ -526,16 +551,15 @@ impl Node {
     /// elsewhere when it has ended; what is there without one is returned.
     fn let_go(
         &self,
+        mut additions: Additions<'_>,
         client_id: &Arc<str>,
         mailbox: &Arc<Mailbox>,
         holder: Option<u32>,
     ) -> Option<Box<Detached>> {
-        {
-            // Whoever adds a message from now on hands it on to the other node.
-            let mut additions = self.flusher.add();
-            mailbox.lose(holder);
-            additions.tick();
-        }
+        // Whoever adds a message from now on hands it on to the other node.
+        mailbox.lose(holder);
+        additions.tick();
+        drop(additions);
         let of_session = |detached: &mut Detached| Arc::ptr_eq(&detached.mailbox, mailbox);
         self.clients.with_detached(client_id, of_session)
     }

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use mongodb::bson::{Document, doc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
 use crate::lines::DEADLINE;
-use crate::mongod::{Database, POLL_PAUSE};
+use crate::mongod::{Database, POLL_PAUSE, ReplicaSet};
 use crate::node::{Cluster, Settings};
 use crate::seed::{Seed, rounds};
 use crate::wire::{Connect, DISCONNECT, Packet, Publish, Version, Will};
@@ -95,6 +96,53 @@ async fn one_client_id_connects_everywhere_at_once() {
             assert_eq!(last.message().await.unwrap().text(), node.to_string());
         }
     }
+}
+
+/// A node has taken a session, and before it has read all of it, another one has taken it as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_too_slow_to_take_a_session_leaves_it_to_the_other() {
+    let mut set = ReplicaSet::start(1).await;
+    let database = Database::on(set.uri());
+    let slow = database.named("slow").settings();
+    let mut cluster = Cluster::start(vec![slow, database.settings()]).await;
+    let [slow, other] = [0, 1].map(|node| cluster.node(node).address());
+    let connect = Connect::persistent(Version::V5, "subscriber");
+    let mut subscriber = Client::connect(other, &connect).await;
+    subscriber.subscribe("news", 1).await.unwrap();
+    let how = doc! {
+        "namespace": format!("{}.out2", database.name),
+        "blockConnection": true,
+        "blockTimeMS": 3_000,
+    };
+    set.mongod(0)
+        .fail("slow", &["find"], doc! { "times": 1 }, how)
+        .await;
+
+    let client = mongodb::Client::with_uri_str(set.uri()).await.unwrap();
+    let sessions = client
+        .database(&database.name)
+        .collection::<Document>("sessions");
+    let epoch = async || {
+        let session = doc! { "_id": "c:subscriber" };
+        let session = sessions.find_one(session).await.unwrap().unwrap();
+        session.get_i64("e").unwrap()
+    };
+    let before = epoch().await;
+    let late = tokio::spawn({
+        let connect = connect.clone();
+        async move { Client::try_connect(slow, &connect).await.is_ok() }
+    });
+    while epoch().await == before {
+        sleep(POLL_PAUSE).await;
+    }
+    let mut subscriber = Client::connect(other, &connect).await;
+    assert!(!late.await.unwrap());
+
+    let publisher = Connect::fleeting(Version::V5, "publisher");
+    let mut publisher = Client::connect(slow, &publisher).await;
+    let news = Publish::new("news", "after all", 1);
+    publisher.publish(&news).await.unwrap();
+    assert_eq!(subscriber.message().await.unwrap().text(), "after all");
 }
 
 /// Scenario 19: the subscriber moves on and on while it is flooded, and gets everything in order.
