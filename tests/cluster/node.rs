@@ -253,7 +253,7 @@ fn spawn(name: &str, settings: &Settings) -> Process {
     command.args(["serve", "--set", "listeners.tcp.bind=127.0.0.1:0"]);
     command.args(["--set", "http.bind=127.0.0.1:0"]);
     for (key, value) in settings {
-        if key.starts_with("MIDGE_") {
+        if key.starts_with(char::is_uppercase) {
             command.env(key, value);
         } else {
             command.arg("--set").arg(format!("{key}={value}"));

@@ -161,7 +161,8 @@ async fn meet(server: &Redis, Ports([port, bus_port]): &Ports) {
     let () = server.ask(&meet).await;
 }
 
-async fn wait_for_line(server: &Redis, question: &[&str], line: &str) {
+/// Waits until this is a line of the answer.
+pub(crate) async fn wait_for_line(server: &Redis, question: &[&str], line: &str) {
     let says = |answer: String| answer.lines().any(|it| it == line);
     while !says(server.ask(question).await) {
         sleep(POLL_INTERVAL).await;

@@ -1,4 +1,4 @@
-//! A MongoDB that wants TLS and a password.
+//! Servers that want TLS and a password.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -13,8 +13,12 @@ use crate::certificates::Certificates;
 use crate::client::Client;
 use crate::lines::DEADLINE;
 use crate::mongod::{Database, POLL_PAUSE, SET, spawn, wait_until_ready};
-use crate::node::Cluster;
+use crate::node::{Cluster, Settings};
+use crate::redis::{self, Redis};
+use crate::redis_cluster::wait_for_line;
+use crate::seed::Seed;
 use crate::wire::{Connect, Publish, Version};
+use crate::workload::{Size, Workload};
 
 /// With characters that a URI needs escaped.
 const PASSWORD: &str = "p@ss:w/1";
@@ -128,4 +132,89 @@ async fn mongodb_is_used_with_tls_and_a_password() {
     assert!(!said.contains("wrong"), "{said}");
     let said = start_in_vain(&directory, &database.name, &uri("reader", "reader"));
     assert!(said.contains("the role readWrite"), "{said}");
+}
+
+/// All that midge needs, besides its channels.
+const RIGHTS: &str =
+    "resetchannels &midge:* -@all +@connection +@pubsub +cluster|info +cluster|slots";
+
+/// Makes nodes use a Redis with TLS and a certificate of its own, as a user with the least rights.
+async fn use_redis(scheme: &str, is_cluster: bool) {
+    let mut seed = Seed::new();
+    let directory = TempDir::new().unwrap();
+    let certificates = Certificates::create_in(directory.path());
+    let server = &certificates.server;
+    let paths = [&server.certificate, &server.key, &certificates.authority];
+    let [certificate, key, authority] = paths.map(|path| path.to_str().unwrap());
+    // Tests ask it things without TLS.
+    let [port, tls_port, bus_port] = redis::free_ports();
+    let [tls_port, bus_port] = [tls_port, bus_port].map(|port| port.to_string());
+    let mut arguments = vec![
+        ["--tls-port", &tls_port],
+        ["--tls-auth-clients", "no"],
+        ["--tls-cert-file", certificate],
+        ["--tls-key-file", key],
+        ["--tls-ca-cert-file", authority],
+        ["--dir", directory.path().to_str().unwrap()],
+    ];
+    if is_cluster {
+        arguments.extend([
+            ["--cluster-enabled", "yes"],
+            ["--cluster-port", &bus_port],
+            ["--tls-cluster", "yes"],
+        ]);
+    }
+    let arguments = arguments.concat().into_iter().map(str::to_owned);
+    let server = Redis::start_at(port, arguments.collect());
+    if is_cluster {
+        let all_slots = ["CLUSTER", "ADDSLOTSRANGE", "0", "16383"];
+        let () = server.ask(&all_slots).await;
+        wait_for_line(&server, &["CLUSTER", "INFO"], "cluster_state:ok").await;
+    }
+    let password = format!(">{PASSWORD}");
+    let mut user = vec!["ACL", "SETUSER", "midge", "on", &password];
+    user.extend(RIGHTS.split(' '));
+    let () = server.ask(&user).await;
+    let () = server.ask(&["ACL", "SETUSER", "default", "off"]).await;
+
+    let database = Database::shared();
+    let settings = |password: &str, authority: &str| -> Settings {
+        let url = format!("{scheme}://midge:{password}@127.0.0.1:{tls_port}");
+        let mut settings = redis::settings_with_url(&database, url);
+        settings.push(("SSL_CERT_FILE".to_owned(), authority.to_owned()));
+        settings
+    };
+    let good = || settings(ESCAPED, authority);
+    let mut cluster = Cluster::start(vec![good(), good()]).await;
+    for node in 0..2 {
+        cluster.node(node).wait_for_events("bus_up", 1);
+    }
+    let workload = Workload::start(cluster.servers(), &mut seed, Size::small()).await;
+    workload.finish().await;
+    for node in 0..2 {
+        assert!(!cluster.node(node).has_logged("bus_down"));
+    }
+
+    for (settings, reason) in [
+        (settings("wrong", authority), "WRONGPASS"),
+        (settings(ESCAPED, "/dev/null"), "certificate"),
+    ] {
+        let mut cluster = Cluster::start(vec![settings]).await;
+        let said = cluster.node(0).wait_for_event("bus_down").to_string();
+        assert!(said.contains(reason), "{said}");
+        assert!(
+            !said.contains("wrong") && !said.contains(PASSWORD),
+            "{said}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_is_used_with_tls_and_a_password() {
+    use_redis("rediss", false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_cluster_is_used_with_tls_and_a_password() {
+    use_redis("rediss+cluster", true).await;
 }
