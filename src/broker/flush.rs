@@ -272,10 +272,7 @@ impl Flusher {
     /// Writes flush after flush until the store fails for good, for ever otherwise.
     pub(crate) async fn run(&self, node: &Node) -> StoreError {
         loop {
-            let Some(sealed) = self.seal() else {
-                self.work.notified().await;
-                continue;
-            };
+            let sealed = self.next_sealed().await;
             let flush = self.hold_back(sealed, node).await;
             if let Err(error) = self.commit(flush, node).await {
                 self.fail(&error);
@@ -294,6 +291,34 @@ impl Flusher {
                 cluster.links.durable_advanced();
             }
         }
+    }
+
+    /// Waits until there is something to write, and until it may be written. While the store does not
+    /// answer, no further clock value can be reserved: whoever waits is let go after the same time as
+    /// if it had been tried to write.
+    async fn next_sealed(&self) -> Sealed {
+        let mut let_go_at = None;
+        loop {
+            if let Some(sealed) = self.seal() {
+                return sealed;
+            }
+            let work = self.work.notified();
+            if self.has_failed() || !self.waits_for_reservation() {
+                work.await;
+                continue;
+            }
+            let let_go_at = *let_go_at.get_or_insert_with(|| Instant::now() + STORE_TIMEOUT);
+            if tokio::time::timeout_at(let_go_at, work).await.is_err() {
+                let error = StoreError::Unavailable("it takes no heartbeat".to_owned());
+                tracing::warn!(event = "store_unavailable", %error);
+                self.fail(&error);
+            }
+        }
+    }
+
+    fn waits_for_reservation(&self) -> bool {
+        let gathering = self.gathering.lock();
+        !gathering.is_empty() && gathering.hlc > self.reserved.load(Ordering::Acquire)
     }
 
     /// Writes a flush, and what it has to hold besides because of other nodes.

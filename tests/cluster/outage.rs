@@ -113,3 +113,29 @@ async fn mongodb_is_away_for_longer_than_anybody_waits() {
         assert!(!node.has_logged("node_dead") && !node.has_logged("fenced"));
     }
 }
+
+/// It stops to answer while there is nothing to write: what comes then has to wait until other nodes can
+/// be told how far the clock is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mongodb_stops_to_answer_a_node_at_rest() {
+    let mut set = ReplicaSet::start(1).await;
+    let database = Database::on(set.uri());
+    let mut cluster = Cluster::start(vec![database.settings()]).await;
+    let address = cluster.node(0).address();
+    let subscriber = Connect::persistent(Version::V5, "subscriber");
+    let mut subscriber = Client::connect(address, &subscriber).await;
+    subscriber.subscribe("news", 1).await.unwrap();
+    let publisher = Connect::fleeting(Version::V5, "publisher");
+    let mut publisher = Client::connect(address, &publisher).await;
+
+    set.mongod(0).freeze();
+    cluster.node(0).wait_for_event("heartbeat_failed");
+    // The clock goes on with whoever comes.
+    let _late = Client::connect(address, &Connect::fleeting(Version::V5, "late")).await;
+    publisher.send(&news(1).encode(Version::V5)).await.unwrap();
+    let told = publisher.receive().await.unwrap();
+    assert_eq!(told, Packet::Disconnect(UNAVAILABLE), "not acknowledged");
+
+    set.mongod(0).thaw();
+    assert_eq!(subscriber.message().await.unwrap().text(), "1");
+}
