@@ -14,8 +14,8 @@ use bytes::BufMut;
 use crate::mqtt::topic::{RetainHandling, SubscribeOptions};
 use crate::mqtt::{Message, PacketId, ProtocolVersion, QoS, SubscriptionFilter};
 use crate::store::{
-    Chunk, Entry, MessageId, OutgoingExchange, Owner, Retained, SessionId, SessionRecord,
-    StoreError, StoredSubscription, WillRecord,
+    Chunk, Entry, LogAction, LogOp, MessageId, OutgoingExchange, Owner, Retained, SessionId,
+    SessionRecord, StoreError, StoredSubscription, WillRecord,
 };
 
 pub(super) const SESSION_BYTES: usize = 12;
@@ -27,6 +27,9 @@ const ENTRY_BYTES_MIN: usize = MESSAGE_ID_BYTES + 1 + 4;
 
 const OWNER_CLIENT: u8 = 0;
 const OWNER_GROUP: u8 = 1;
+
+const KEY_CLIENT: &str = "c:";
+const KEY_GROUP: &str = "g:";
 
 const SESSION_CONNECTED: u8 = 0b001;
 const SESSION_ENDS_AT: u8 = 0b010;
@@ -49,6 +52,11 @@ const ENTRY_RETAIN: u8 = 0b0100;
 const ENTRY_IDENTIFIERS: u8 = 0b1000;
 
 const EXCHANGE_RECEIVED: u8 = 0b1;
+
+const LOG_SUBSCRIBE: u8 = 0;
+const LOG_UNSUBSCRIBE: u8 = 1;
+const LOG_END: u8 = 2;
+const LOG_GROUP: u8 = 3;
 
 pub(super) fn inbox_key(
     session: SessionId,
@@ -91,6 +99,28 @@ pub(super) fn read_packet_key(key: &[u8]) -> Result<(SessionId, PacketId), Store
 /// Reads a key that begins with a session.
 pub(super) fn read_session(key: &[u8]) -> Result<SessionId, StoreError> {
     Reader::new("a session key", key).session()
+}
+
+/// What the sessions of `owner`, which follow each other, have in common.
+pub(super) fn owner_key(owner: &Owner) -> Arc<str> {
+    match owner {
+        Owner::Client(client_id) => format!("{KEY_CLIENT}{client_id}").into(),
+        Owner::Group(filter) => format!("{KEY_GROUP}{filter}").into(),
+    }
+}
+
+pub(super) fn read_owner_key(key: &str) -> Result<Owner, StoreError> {
+    let damaged = StoreError::Damaged {
+        what: "the key of a session",
+    };
+    if let Some(client_id) = key.strip_prefix(KEY_CLIENT) {
+        Ok(Owner::Client(client_id.into()))
+    } else if let Some(filter) = key.strip_prefix(KEY_GROUP) {
+        let filter = SubscriptionFilter::parse(filter).map_err(|_| damaged)?;
+        Ok(Owner::Group(filter))
+    } else {
+        Err(damaged)
+    }
 }
 
 /// `owner u8` (0 a client, 1 a share group), `text` (client identifier, or `$share/…/…`),
@@ -321,6 +351,67 @@ pub(super) fn read_retained_value(value: &[u8]) -> Result<Retained, StoreError> 
     let message = value.message()?;
     value.end()?;
     Ok(Retained { message, publisher })
+}
+
+/// `kind u8`, session 12, `epoch u64`; then of a subscription the `text` of its owner's key and
+/// [`subscription_value`], of others the `text` of the filter, if there is one.
+pub(crate) fn log_op_value(op: &LogOp) -> Vec<u8> {
+    let mut value = Vec::new();
+    value.put_u8(match op.action {
+        LogAction::Subscribe { .. } => LOG_SUBSCRIBE,
+        LogAction::Unsubscribe(_) => LOG_UNSUBSCRIBE,
+        LogAction::OpenGroup(_) => LOG_GROUP,
+        LogAction::End => LOG_END,
+    });
+    value.put_slice(&op.session.0);
+    value.put_u64(op.epoch);
+    match &op.action {
+        LogAction::Subscribe {
+            owner,
+            filter,
+            options,
+            identifier,
+        } => {
+            put_bytes(&mut value, owner_key(owner).as_bytes());
+            let subscription = subscription_value(filter, *options, *identifier);
+            put_bytes(&mut value, &subscription);
+        }
+        LogAction::Unsubscribe(filter) | LogAction::OpenGroup(filter) => {
+            put_bytes(&mut value, filter.to_string().as_bytes());
+        }
+        LogAction::End => {}
+    }
+    value
+}
+
+/// # Errors
+/// `StoreError::Damaged` if it is none, or of a later version.
+pub(crate) fn read_log_op(value: &[u8]) -> Result<LogOp, StoreError> {
+    let mut value = Reader::new("a log entry", value);
+    let kind = value.u8()?;
+    let (session, epoch) = (value.session()?, value.u64()?);
+    let action = match kind {
+        LOG_SUBSCRIBE => {
+            let owner = read_owner_key(value.text()?)?;
+            let subscription = read_subscription_value(value.bytes()?)?;
+            LogAction::Subscribe {
+                owner,
+                filter: subscription.filter,
+                options: subscription.options,
+                identifier: subscription.identifier,
+            }
+        }
+        LOG_UNSUBSCRIBE => LogAction::Unsubscribe(value.filter()?),
+        LOG_GROUP => LogAction::OpenGroup(value.filter()?),
+        LOG_END => LogAction::End,
+        _ => return Err(value.damaged()),
+    };
+    value.end()?;
+    Ok(LogOp {
+        session,
+        epoch,
+        action,
+    })
 }
 
 fn flag(bit: u8, set: bool) -> u8 {

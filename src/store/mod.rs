@@ -25,6 +25,8 @@ use crate::metrics::Operation;
 use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, PacketId, ProtocolVersion, QoS, SubscriptionFilter};
 
+pub(crate) use self::format::{log_op_value, read_log_op};
+
 /// Durable state of all sessions. One writer: `write` is never called twice at a time.
 #[async_trait]
 pub(crate) trait Store: fmt::Debug + Send + Sync {

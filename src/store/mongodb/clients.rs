@@ -6,9 +6,9 @@ use bson::{cstr, rawdoc};
 
 use super::MongoStore;
 use super::commands::Query;
-use super::documents::{Document, SESSIONS, SessionDocument, key_of, owner_of};
+use super::documents::{Document, SESSIONS, SessionDocument};
 use super::retained::successor;
-use crate::store::{Owner, SessionRecord, StoreError, StoredSubscription};
+use crate::store::{Owner, SessionRecord, StoreError, StoredSubscription, format};
 
 /// Which clients to read.
 #[derive(Clone, Copy, Debug, Default)]
@@ -42,7 +42,7 @@ impl MongoStore {
         &self,
         asked: ClientsAsked<'_>,
     ) -> Result<Vec<ClientRow>, StoreError> {
-        let key = |client_id: &str| key_of(&Owner::Client(client_id.into()));
+        let key = |client_id: &str| format::owner_key(&Owner::Client(client_id.into()));
         let first = key(asked.prefix.unwrap_or_default());
         let mut keys = rawdoc! { "$gte": &*first };
         if let Some(end) = successor(&first) {
@@ -64,7 +64,7 @@ impl MongoStore {
             let node = Document::new("a session", &document).optional_node("n")?;
             let session = SessionDocument::read(&document)?;
             if let (Owner::Client(client_id), Some(record)) =
-                (owner_of(&session.key)?, session.record)
+                (format::read_owner_key(&session.key)?, session.record)
             {
                 rows.push(ClientRow {
                     client_id,

@@ -7,8 +7,8 @@
 //! |---|---|
 //! | `meta` | `_id: "schema"`, `version` · `_id: "nid"`, `n`: the last node id · `_id: "import"`, `filling`: while another store is [copied](mod@super::import) into it |
 //! | `nodes` | `_id`: node id, `name`, `st`: [`NodeState`](super::NodeState), `hb`: last heartbeat, `hbn`: how many, `hr`: reserved clock value, `k`: last entry of its log, `ls`: the server session of its transactions, which only one run of a node has |
-//! | `sessions` | `_id`: [`key_of`] the owner, `sid`, `e`: epoch, `n`: node of the connection, `c`: connected, `v`: version, `exp`: expiry interval, `ends`, `will` ([`will_value`]), `wd`: its delay, `willdue`, `due`: the earlier of both, `h`: the clock value when it was saved, `s`: subscriptions by [`subscription_field`], `sv`: how often it was changed, `ct`: the CONNECT that took it last, `pv`: what it was before that, `og`: [leftovers](super::Leftover) |
-//! | `sublog` | `_id`: node `u32`, entry `u64`, `at`, `ops` ([`log`](super::log)) |
+//! | `sessions` | `_id`: [`format::owner_key`], `sid`, `e`: epoch, `n`: node of the connection, `c`: connected, `v`: version, `exp`: expiry interval, `ends`, `will` ([`will_value`]), `wd`: its delay, `willdue`, `due`: the earlier of both, `h`: the clock value when it was saved, `s`: subscriptions by [`subscription_field`], `sv`: how often it was changed, `ct`: the CONNECT that took it last, `pv`: what it was before that, `og`: [leftovers](super::Leftover) |
+//! | `sublog` | `_id`: node `u32`, entry `u64`, `at`, `ops`: [`format::log_op_value`] |
 //! | `inbox` | `_id`: [`format::inbox_key`], `b`: [`format::chunk_value`], `x`: when all of it has expired |
 //! | `out2` | `_id`: [`format::packet_key`], `b`: [`format::exchange_value`] |
 //! | `q2in` | `_id`: [`format::packet_key`] |
@@ -25,8 +25,8 @@ use super::commands::{binary, field};
 use crate::mqtt::{ProtocolVersion, SubscriptionFilter};
 use crate::store::format::{self, Reader};
 use crate::store::{
-    Chunk, Entry, MessageId, Owner, Retained, SessionId, SessionRecord, StoreError,
-    StoredSubscription, WillRecord,
+    Chunk, Entry, MessageId, Retained, SessionId, SessionRecord, StoreError, StoredSubscription,
+    WillRecord,
 };
 
 pub(super) const META: &str = "meta";
@@ -38,31 +38,6 @@ pub(super) const EXCHANGES: &str = "out2";
 pub(super) const AWAITING: &str = "q2in";
 pub(super) const RETAINED: &str = "retained";
 pub(super) const GARBAGE: &str = "gc";
-
-const CLIENT: &str = "c:";
-const GROUP: &str = "g:";
-
-/// The key of the document that all sessions of `owner` follow each other in.
-pub(super) fn key_of(owner: &Owner) -> Arc<str> {
-    match owner {
-        Owner::Client(client_id) => format!("{CLIENT}{client_id}").into(),
-        Owner::Group(filter) => format!("{GROUP}{filter}").into(),
-    }
-}
-
-pub(super) fn owner_of(key: &str) -> Result<Owner, StoreError> {
-    let damaged = StoreError::Damaged {
-        what: "the key of a session",
-    };
-    if let Some(client_id) = key.strip_prefix(CLIENT) {
-        Ok(Owner::Client(client_id.into()))
-    } else if let Some(filter) = key.strip_prefix(GROUP) {
-        let filter = SubscriptionFilter::parse(filter).map_err(|_| damaged)?;
-        Ok(Owner::Group(filter))
-    } else {
-        Err(damaged)
-    }
-}
 
 /// The field of a subscription: hashed, because a filter may hold what a field's name may not.
 pub(super) fn subscription_field(filter: &SubscriptionFilter) -> CString {
@@ -203,7 +178,7 @@ impl SessionDocument {
     pub(super) fn read(document: &RawDocument) -> Result<Self, StoreError> {
         let fields = Document::new("a session", document);
         let key: Arc<str> = fields.text("_id")?.into();
-        let owner = owner_of(&key)?;
+        let owner = format::read_owner_key(&key)?;
         let will_due = fields.date("willdue")?.map(unix_ms);
         let record = match fields.session("sid")? {
             None => None,

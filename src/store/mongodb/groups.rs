@@ -4,11 +4,11 @@ use bson::raw::RawDocumentBuf;
 use bson::{RawBson, rawdoc};
 
 use super::commands::{Concern, Query, Verb, array, binary, update, write_commands};
-use super::documents::{Document, EXCHANGES, SESSIONS, key_of, packets_of, version_number};
+use super::documents::{Document, EXCHANGES, SESSIONS, packets_of, version_number};
 use super::held::{Held, Hold};
 use super::{MongoStore, RANGES_MAX, read_exchange};
 use crate::mqtt::{ProtocolVersion, SubscriptionFilter};
-use crate::store::{OutgoingExchange, Owner, SessionId, StoreError};
+use crate::store::{OutgoingExchange, Owner, SessionId, StoreError, format};
 
 /// A share group that somebody is to serve.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl MongoStore {
         &self,
         request: GroupRequest<'_>,
     ) -> Result<Option<GroupPlace>, StoreError> {
-        let key = key_of(&Owner::Group(request.filter.clone()));
+        let key = format::owner_key(&Owner::Group(request.filter.clone()));
         let token = || binary(request.new_session.0);
         let alive = array(request.alive.iter().map(|node| i64::from(*node)));
         let epoch_min = request.epoch_min.cast_signed();

@@ -9,11 +9,11 @@ use bson::{DateTime, cstr, rawdoc};
 use bytes::BufMut;
 
 use super::commands::{Query, array, binary};
-use super::documents::{Document, NODES, SESSIONS, SUBLOG, SessionDocument, key_of, owner_of};
+use super::documents::{Document, NODES, SESSIONS, SUBLOG, SessionDocument};
 use super::{MongoStore, NodeRow};
 use crate::store::format::{self, Reader};
 use crate::store::{
-    LogAction, LogEntry, LogOp, LogPosition, Owner, SessionId, StoreError, StoredSubscription,
+    LogEntry, LogOp, LogPosition, Owner, SessionId, StoreError, StoredSubscription,
 };
 
 /// Entries are removed after this time, by when every node that is alive has read them.
@@ -22,11 +22,6 @@ pub(super) const LOG_SECONDS: i64 = 3600;
 /// Operations in one entry, and their bytes.
 const ENTRY_OPS_MAX: usize = 1000;
 const ENTRY_BYTES_MAX: usize = 4 << 20;
-
-const SUBSCRIBE: u8 = 0;
-const UNSUBSCRIBE: u8 = 1;
-const END: u8 = 2;
-const GROUP: u8 = 3;
 
 /// The subscriptions of one session, for nodes that do not hold it.
 #[derive(Debug)]
@@ -114,7 +109,7 @@ pub(super) fn entries(
     ops: Vec<LogOp>,
 ) -> (Vec<LogEntry>, Vec<RawDocumentBuf>) {
     let (mut entries, mut documents) = (Vec::new(), Vec::new());
-    let with_value = |op| (op_value(&op), op);
+    let with_value = |op| (format::log_op_value(&op), op);
     let mut ops = ops.into_iter().map(with_value).peekable();
     let mut position = position;
     while ops.peek().is_some() {
@@ -155,70 +150,9 @@ fn read_entry(document: &bson::raw::RawDocument) -> Result<LogEntry, StoreError>
         entry: key.u64()?,
     };
     key.end()?;
-    let ops = fields.binaries("ops")?.into_iter().map(read_op);
+    let ops = fields.binaries("ops")?.into_iter().map(format::read_log_op);
     Ok(LogEntry {
         position,
         ops: ops.collect::<Result<_, _>>()?,
-    })
-}
-
-/// `kind u8`, session 12, `epoch u64`; then of a subscription the `text` of its owner's key and
-/// [`format::subscription_value`], of others the `text` of the filter, if there is one.
-pub(crate) fn op_value(op: &LogOp) -> Vec<u8> {
-    let mut value = Vec::new();
-    value.put_u8(match op.action {
-        LogAction::Subscribe { .. } => SUBSCRIBE,
-        LogAction::Unsubscribe(_) => UNSUBSCRIBE,
-        LogAction::OpenGroup(_) => GROUP,
-        LogAction::End => END,
-    });
-    value.put_slice(&op.session.0);
-    value.put_u64(op.epoch);
-    match &op.action {
-        LogAction::Subscribe {
-            owner,
-            filter,
-            options,
-            identifier,
-        } => {
-            format::put_bytes(&mut value, key_of(owner).as_bytes());
-            let subscription = format::subscription_value(filter, *options, *identifier);
-            format::put_bytes(&mut value, &subscription);
-        }
-        LogAction::Unsubscribe(filter) | LogAction::OpenGroup(filter) => {
-            format::put_bytes(&mut value, filter.to_string().as_bytes());
-        }
-        LogAction::End => {}
-    }
-    value
-}
-
-/// # Errors
-/// `StoreError::Damaged` if it is none, or of a later version.
-pub(crate) fn read_op(value: &[u8]) -> Result<LogOp, StoreError> {
-    let mut value = Reader::new("a log entry", value);
-    let kind = value.u8()?;
-    let (session, epoch) = (value.session()?, value.u64()?);
-    let action = match kind {
-        SUBSCRIBE => {
-            let owner = owner_of(value.text()?)?;
-            let subscription = format::read_subscription_value(value.bytes()?)?;
-            LogAction::Subscribe {
-                owner,
-                filter: subscription.filter,
-                options: subscription.options,
-                identifier: subscription.identifier,
-            }
-        }
-        UNSUBSCRIBE => LogAction::Unsubscribe(value.filter()?),
-        GROUP => LogAction::OpenGroup(value.filter()?),
-        END => LogAction::End,
-        _ => return Err(value.damaged()),
-    };
-    value.end()?;
-    Ok(LogOp {
-        session,
-        epoch,
-        action,
     })
 }

@@ -53,7 +53,7 @@ use crate::mqtt::PacketId;
 pub(crate) use self::clients::{ClientRow, ClientsAsked};
 pub(crate) use self::estimates::Estimates;
 pub(crate) use self::groups::{GroupPlace, GroupRequest};
-pub(crate) use self::log::{SharedSession, op_value, read_op};
+pub(crate) use self::log::SharedSession;
 pub(crate) use self::nodes::{NodeRow, NodeState};
 pub(crate) use self::open::{Leftover, OpenRequest, OpenedSession};
 use self::retained::KnownTopics;

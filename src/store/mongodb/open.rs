@@ -15,11 +15,11 @@ use hashbrown::{HashMap, HashSet};
 
 use super::MongoStore;
 use super::commands::{Concern, Query, Verb, array, binary, update, write_commands};
-use super::documents::{Document, SESSIONS, SessionDocument, key_of, version_number, will_value};
+use super::documents::{Document, SESSIONS, SessionDocument, version_number, will_value};
 use super::held::{Held, Hold};
 use crate::mqtt::ProtocolVersion;
 use crate::store::{
-    InboxSummary, Owner, SessionId, SessionRecord, StoreError, StoredSession, WillRecord,
+    InboxSummary, Owner, SessionId, SessionRecord, StoreError, StoredSession, WillRecord, format,
 };
 
 /// How often a CONNECT is repeated that meets another first CONNECT of the same client.
@@ -86,7 +86,7 @@ impl OpenRequest {
     }
 
     pub(super) fn key(&self) -> Arc<str> {
-        key_of(&Owner::Client(self.client_id.clone()))
+        format::owner_key(&Owner::Client(self.client_id.clone()))
     }
 
     /// The statement that takes the session, unless it has been taken by the same request before.

@@ -28,7 +28,7 @@ use super::commands::{
 };
 use super::documents::{
     AWAITING, Document, EXCHANGES, Fields, GARBAGE, INBOX, NODES, SESSIONS, SUBLOG, chunk_document,
-    chunk_fields, key_of, subscription_field,
+    chunk_fields, subscription_field,
 };
 use super::held::{Held, Hold};
 use super::log;
@@ -596,7 +596,7 @@ impl MongoStore {
         let sessions = together.batch.sessions.iter();
         let created: Vec<_> = sessions
             .filter(|(id, _)| !together.holds.contains_key(*id))
-            .filter_map(|(_, changes)| Some((key_of(&changes.saved?.owner), changes)))
+            .filter_map(|(_, changes)| Some((format::owner_key(&changes.saved?.owner), changes)))
             .collect();
         for created in created.chunks(KEYS_MAX) {
             let keys = created.iter().map(|(key, _)| &**key);
@@ -874,7 +874,7 @@ impl SessionPart {
     }
 
     fn log_subscriptions(&mut self, id: SessionId, held: &Held, changes: &SessionChanges<'_>) {
-        let Some(owner) = super::documents::owner_of(&held.key).ok() else {
+        let Some(owner) = format::read_owner_key(&held.key).ok() else {
             return;
         };
         for (filter, options) in &changes.subscriptions {
