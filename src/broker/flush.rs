@@ -298,8 +298,12 @@ impl Flusher {
     /// if it had been tried to write.
     async fn next_sealed(&self) -> Sealed {
         let mut let_go_at = None;
+        let mut has_let_go = false;
         loop {
             if let Some(sealed) = self.seal() {
+                if has_let_go {
+                    tracing::info!(event = "store_available");
+                }
                 return sealed;
             }
             let work = self.work.notified();
@@ -311,6 +315,7 @@ impl Flusher {
             if tokio::time::timeout_at(let_go_at, work).await.is_err() {
                 let error = StoreError::Unavailable("it takes no heartbeat".to_owned());
                 tracing::warn!(event = "store_unavailable", %error);
+                has_let_go = true;
                 self.fail(&error);
             }
         }

@@ -730,7 +730,10 @@ impl Node {
                         .rewrite(mailbox.session, Chunk { key, entries });
                 }
                 Err(error) => {
-                    tracing::error!(event = "inbox_unreadable", client_id = %mailbox.client_id, %error)
+                    tracing::error!(event = "inbox_unreadable", client_id = %mailbox.client_id, %error);
+                    // Nor could the next one be read, and every try takes its time. What was
+                    // acknowledged is of QoS 1, and may come again.
+                    return;
                 }
             }
         }

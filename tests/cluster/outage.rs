@@ -138,4 +138,5 @@ async fn mongodb_stops_to_answer_a_node_at_rest() {
 
     set.mongod(0).thaw();
     assert_eq!(subscriber.message().await.unwrap().text(), "1");
+    cluster.node(0).wait_for_event("store_available");
 }
