@@ -2,12 +2,14 @@
 //!
 //! One task owns the socket, the session and the taking end of the mailbox; nobody else locks them.
 //! The task says in [`CloseReason`] why it ended, and [`Connection::end`] alone decides what follows
-//! from it. What comes before there is a session is in [`admission`].
+//! from it, which [`close`] tells clients and counters. What comes before there is a session is in
+//! [`admission`], what is asked of topics in [`subscriptions`].
 
 mod admission;
+mod close;
+mod subscriptions;
 
 use std::collections::VecDeque;
-use std::io;
 use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,32 +23,29 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use self::admission::ConnectError;
+use self::close::CloseReason;
+use self::subscriptions::{Walk, retained_page};
 use super::arrivals::{Arrivals, Pace};
 use super::listener::Accepted;
-use super::packet_io::{PacketIo, ReadError};
+use super::packet_io::PacketIo;
 use crate::auth::{Answer, Authenticator, Identity, Request, Verdict};
 use crate::broker::consumer::Consumer;
 use crate::broker::flush::{Flusher, Receipt, unix_ms};
 use crate::broker::inspect::Presence;
 use crate::broker::mailbox::{Mailbox, Order};
-use crate::broker::retained::RetainedWalk;
 use crate::broker::sessions::{Connected, WillFate};
 use crate::broker::sys::ClientEvent;
 use crate::broker::{Crowded, LastTopic, Node, Publisher};
 use crate::failpoint;
-use crate::metrics::{
-    Arrival, Asked, Closed, Dropped, Rejected, Tally, Throttle, Violation, Where,
-};
+use crate::metrics::{Arrival, Asked, Dropped, Tally, Throttle, Where};
 use crate::mqtt::packet::{Acknowledgement, Disconnect, PacketType, SubscribeAcknowledgement};
 use crate::mqtt::property::Properties;
-use crate::mqtt::topic::SubscribeOptions;
 use crate::mqtt::{Message, Packet, PacketId, QoS, ReasonCode};
 use crate::session::connect::{ConnectLimits, Terms, refuse};
 use crate::session::{
-    Action, Delivery, Now, Origin, Outgoing, ProtocolError, Reply, ReplyKind, Session,
-    SubscribeRequest, UnsubscribeRequest, publish_reply,
+    Action, Delivery, Now, Origin, Outgoing, Reply, ReplyKind, Session, publish_reply,
 };
-use crate::store::{Change, MessageId, Retained, StoreError};
+use crate::store::{Change, MessageId, StoreError};
 
 /// What all connections of a node share.
 #[derive(Debug)]
@@ -64,40 +63,6 @@ pub(crate) struct ConnectionContext {
     pub(crate) sends_away: AtomicBool,
 }
 
-/// Why a connection ended.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum CloseReason {
-    #[error("the client disconnected")]
-    ClientDisconnected {
-        with_will: bool,
-        expiry_interval: Option<u32>,
-    },
-    #[error("the client closed the connection")]
-    ClientClosed,
-    #[error("{0}")]
-    Io(io::Error),
-    #[error("malformed packet: {0}")]
-    Malformed(ReadError),
-    #[error("protocol error: {0}")]
-    Protocol(#[from] ProtocolError),
-    #[error("nothing was heard of the client for one and a half times its keep alive")]
-    KeepAliveTimeout,
-    #[error("another connection has the same client id")]
-    TakenOver,
-    #[error("the client's queue is full")]
-    QueueFull,
-    #[error("the client's user is not let in any more")]
-    AccessRevoked,
-    #[error("the broker is shutting down")]
-    Shutdown,
-    #[error("the node is being drained")]
-    Drained(ReasonCode),
-    #[error("disconnected by the operator")]
-    Kicked(ReasonCode),
-    #[error("{0}")]
-    Store(#[from] StoreError),
-}
-
 /// Output that is not read by its client for this long is given up when the connection ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -109,9 +74,6 @@ const CROWDED_WAIT: Duration = Duration::from_millis(20);
 
 /// After each message of a client while memory is short.
 const OVERLOADED_PAUSE: Duration = Duration::from_millis(100);
-
-/// Retained messages looked up at a time.
-const RETAINED_STEP: usize = 256;
 
 /// Runs one connection from its first packet to its last.
 pub(crate) async fn serve(accepted: Accepted, context: Arc<ConnectionContext>) {
@@ -226,21 +188,6 @@ impl Pending {
             *known = None;
         }
     }
-}
-
-/// Retained messages that are being sent because of a subscription.
-struct Walk {
-    walk: RetainedWalk,
-    options: SubscribeOptions,
-    identifiers: Option<Arc<[u32]>>,
-    page: RetainedPage,
-}
-
-/// Retained messages from a store that is shared with other nodes.
-enum RetainedPage {
-    None,
-    Reading(BoxFuture<'static, Result<Vec<Retained>, StoreError>>),
-    Read(Vec<Retained>),
 }
 
 impl Connection {
@@ -438,7 +385,7 @@ impl Connection {
 
     fn may_walk(&self) -> bool {
         let front = self.walks.front();
-        front.is_some_and(|walk| !matches!(walk.page, RetainedPage::Reading(_)))
+        front.is_some_and(|walk| !walk.is_reading())
             && self.io.has_room()
             && self.consumer.is_nearly_empty()
             && self.connected.mailbox.has_ample_room()
@@ -878,158 +825,6 @@ impl Connection {
             && !filters.any(|filter| filter.filter.matches(topic))
     }
 
-    async fn subscribe(&mut self, request: SubscribeRequest) {
-        let mut reasons = Vec::with_capacity(request.filters.len());
-        let mut walks = Vec::new();
-        let mut known = None;
-        for (filter, options) in request.filters {
-            let limits = &self.context.node.limits;
-            let subscriptions = &self.connected.subscriptions;
-            let filter = match filter {
-                Ok(filter)
-                    if filter.filter.levels().count() <= limits.topic_levels_max
-                        && filter.filter.as_str().len() <= limits.topic_bytes_max =>
-                {
-                    filter
-                }
-                Ok(_) | Err(_) => {
-                    reasons.push(ReasonCode::TopicFilterInvalid);
-                    continue;
-                }
-            };
-            if subscriptions.len() >= limits.subscriptions_per_client_max
-                && !subscriptions.contains_key(&filter)
-            {
-                reasons.push(ReasonCode::QuotaExceeded);
-                continue;
-            }
-            let asked = Request::Subscribe {
-                filter: filter.filter.as_str(),
-            };
-            let verdict = authorize(&self.context.node, &self.identity, asked).await;
-            let totals = &self.context.node.totals;
-            totals.authorized(Asked::Subscribe, verdict == Verdict::Allow);
-            if let Verdict::Deny { rule } = verdict {
-                let client_id = &self.identity.client_id;
-                tracing::warn!(event = "subscribe_denied", %client_id, topic = %filter, rule = %rule);
-                reasons.push(ReasonCode::NotAuthorized);
-                continue;
-            }
-            let node = &self.context.node;
-            if filter.share.is_some() && !node.open_group(&filter).await {
-                reasons.push(ReasonCode::UnspecifiedError);
-                continue;
-            }
-            let subscribed =
-                node.subscribe(&mut self.connected, &filter, options, request.identifier);
-            self.last_receipt = self.last_receipt.max(subscribed.receipt);
-            // Whoever knows of the last one knows of all.
-            known = subscribed.known.or(known);
-            walks.extend(subscribed.retained.map(|walk| Walk {
-                walk,
-                options,
-                identifiers: request.identifier.map(|identifier| Arc::from([identifier])),
-                page: RetainedPage::None,
-            }));
-            reasons.push(match options.maximum_qos {
-                QoS::AtMostOnce => ReasonCode::Success,
-                QoS::AtLeastOnce => ReasonCode::GrantedQoS1,
-                QoS::ExactlyOnce => ReasonCode::GrantedQoS2,
-            });
-            node.publish_event(
-                &self.identity.client_id,
-                ClientEvent::Subscribed(&filter.to_string()),
-            );
-        }
-        let pending = Pending::SubAck {
-            packet_id: request.packet_id,
-            reasons,
-            walks,
-            known,
-        };
-        self.pending.push_back((self.last_receipt, pending));
-    }
-
-    fn unsubscribe(&mut self, request: UnsubscribeRequest) {
-        let mut reasons = Vec::with_capacity(request.filters.len());
-        for filter in request.filters {
-            let Ok(filter) = filter else {
-                reasons.push(ReasonCode::TopicFilterInvalid);
-                continue;
-            };
-            let node = &self.context.node;
-            reasons.push(match node.unsubscribe(&mut self.connected, &filter) {
-                Some(receipt) => {
-                    self.has_unsubscribed = true;
-                    self.last_receipt = self.last_receipt.max(receipt);
-                    node.publish_event(
-                        &self.identity.client_id,
-                        ClientEvent::Unsubscribed(&filter.to_string()),
-                    );
-                    ReasonCode::Success
-                }
-                None => ReasonCode::NoSubscriptionExisted,
-            });
-        }
-        let pending = Pending::UnsubAck {
-            packet_id: request.packet_id,
-            reasons,
-        };
-        self.pending.push_back((self.last_receipt, pending));
-    }
-
-    /// Takes some of the retained messages that new subscriptions ask for.
-    fn walk_retained(&mut self) {
-        if !self.may_walk() {
-            return;
-        }
-        let Some(walk) = self.walks.front_mut() else {
-            return;
-        };
-        let node = &self.context.node;
-        let mailbox = &self.connected.mailbox;
-        let mut found = Vec::new();
-        // Opened before the look-up: a newer message cannot come between the two.
-        let mut additions = mailbox.is_durable().then(|| node.flusher.add());
-        let step = mailbox.retained_step(RETAINED_STEP);
-        let mut more = match std::mem::replace(&mut walk.page, RetainedPage::None) {
-            RetainedPage::Read(page) => {
-                walk.walk.take_read(page, &mut found);
-                false
-            }
-            _ => walk.walk.step(&node.retained, &mut found, step),
-        };
-        if !more && let Some(reading) = node.read_retained(&mut walk.walk, step) {
-            walk.page = RetainedPage::Reading(reading);
-            more = true;
-        }
-        for retained in found {
-            // [MQTT-3.8.3-3]
-            if walk.options.no_local && retained.publisher == self.identity.client_id {
-                continue;
-            }
-            let qos = retained.message.qos().min(walk.options.maximum_qos);
-            let delivery = Delivery {
-                message: retained.message,
-                qos,
-                retain: true,
-                subscription_identifiers: walk.identifiers.clone(),
-                origin: Origin::Memory,
-                arrival: Arrival::NONE,
-            };
-            node.totals.retained_delivered.inc();
-            match &mut additions {
-                Some(additions) if qos > QoS::AtMostOnce => {
-                    additions.enqueue(mailbox, delivery, None);
-                }
-                _ => self.consumer.add(delivery),
-            }
-        }
-        if !more {
-            self.walks.pop_front();
-        }
-    }
-
     /// Ends the connection as its reason demands.
     async fn end(mut self: Box<Self>, reason: &CloseReason) {
         let version = self.session.version();
@@ -1084,102 +879,6 @@ impl Connection {
         node.publish_event(&identity.client_id, ClientEvent::Disconnected);
         // The client may be gone; there is nobody else to tell.
         let _ = timeout(CLOSE_TIMEOUT, io.close()).await;
-    }
-}
-
-impl CloseReason {
-    /// Counts the end of a connection, established or not.
-    fn count(&self, node: &Node, connection: &Connection) {
-        let totals = &node.totals;
-        let listener = &connection.presence.listener;
-        if let Some(violation) = self.violation() {
-            totals.violations.of(violation).inc();
-        }
-        if matches!(self, Self::TakenOver) {
-            let by = match connection.connected.mailbox.is_lost() {
-                true => Where::Remote,
-                false => Where::Local,
-            };
-            totals.sessions_taken_over.of(by).inc();
-        }
-        if connection.unanswered.is_some() {
-            listener.rejected.of(self.rejected()).inc();
-        } else {
-            listener.closed.of(self.closed()).inc();
-            let version = connection.session.version();
-            listener.connections.of(version).dec();
-        }
-    }
-
-    fn violation(&self) -> Option<Violation> {
-        match self {
-            Self::Malformed(_) | Self::Protocol(_) => self.reason_code().map(Violation::of),
-            _ => None,
-        }
-    }
-
-    fn closed(&self) -> Closed {
-        match self {
-            Self::ClientDisconnected {
-                with_will: false, ..
-            } => Closed::ClientDisconnect,
-            Self::ClientDisconnected {
-                with_will: true, ..
-            } => Closed::ClientDisconnectWithWill,
-            Self::ClientClosed | Self::Io(_) => Closed::NetworkError,
-            Self::Malformed(ReadError::TooLarge { .. }) => Closed::PacketTooLarge,
-            Self::Protocol(ProtocolError::ReceiveMaximumExceeded { .. }) => {
-                Closed::ReceiveMaximumExceeded
-            }
-            Self::Malformed(_) | Self::Protocol(_) => Closed::ProtocolError,
-            Self::KeepAliveTimeout => Closed::KeepAliveTimeout,
-            Self::TakenOver => Closed::SessionTakenOver,
-            Self::QueueFull => Closed::SlowConsumer,
-            Self::AccessRevoked => Closed::NotAuthorized,
-            Self::Shutdown | Self::Drained(_) => Closed::Drained,
-            Self::Kicked(_) => Closed::Kicked,
-            Self::Store(_) => Closed::StoreUnavailable,
-        }
-    }
-
-    /// The same before CONNACK was sent.
-    fn rejected(&self) -> Rejected {
-        match self {
-            Self::TakenOver => Rejected::SessionTakenOver,
-            Self::AccessRevoked => Rejected::NotAuthorized,
-            Self::Shutdown | Self::Drained(_) | Self::Kicked(_) => Rejected::Draining,
-            Self::Store(_) => Rejected::StoreUnavailable,
-            Self::Malformed(_) | Self::Protocol(_) => Rejected::Malformed,
-            Self::ClientDisconnected { .. }
-            | Self::ClientClosed
-            | Self::Io(_)
-            | Self::KeepAliveTimeout
-            | Self::QueueFull => Rejected::NetworkError,
-        }
-    }
-
-    fn from_io(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::UnexpectedEof => Self::ClientClosed,
-            _ => Self::Io(error),
-        }
-    }
-
-    /// What a version 5 client is told, section 3.14.2.1; nothing if it is gone.
-    fn reason_code(&self) -> Option<ReasonCode> {
-        match self {
-            Self::ClientDisconnected { .. } | Self::ClientClosed | Self::Io(_) => None,
-            Self::Malformed(ReadError::Malformed(error)) => Some(error.reason_code()),
-            Self::Malformed(ReadError::TooLarge { .. }) => Some(ReasonCode::PacketTooLarge),
-            Self::Protocol(error) => Some(error.reason_code()),
-            Self::KeepAliveTimeout => Some(ReasonCode::KeepAliveTimeout),
-            Self::TakenOver => Some(ReasonCode::SessionTakenOver),
-            Self::QueueFull => Some(ReasonCode::QuotaExceeded),
-            Self::AccessRevoked => Some(ReasonCode::NotAuthorized),
-            Self::Shutdown => Some(ReasonCode::ServerShuttingDown),
-            Self::Drained(reason) | Self::Kicked(reason) => Some(*reason),
-            Self::Store(_) => Some(ReasonCode::ServerUnavailable),
-        }
     }
 }
 
@@ -1246,19 +945,6 @@ async fn durable(
         }
     })
     .await
-}
-
-/// Ready when retained messages that are looked up in the store are there.
-async fn retained_page(walks: &mut VecDeque<Walk>) -> Result<(), StoreError> {
-    match walks.front_mut().map(|walk| &mut walk.page) {
-        Some(page @ RetainedPage::Reading(_)) => {
-            if let RetainedPage::Reading(reading) = page {
-                *page = RetainedPage::Read(reading.await?);
-            }
-            Ok(())
-        }
-        _ => std::future::pending().await,
-    }
 }
 
 async fn until(timer: &mut Option<Pin<Box<Sleep>>>) {
