@@ -733,7 +733,9 @@ impl Node {
                     tracing::error!(event = "inbox_unreadable", client_id = %mailbox.client_id, %error);
                     // Nor could the next one be read, and every try takes its time. What was
                     // acknowledged is of QoS 1, and may come again.
-                    return;
+                    if error.may_pass() {
+                        return;
+                    }
                 }
             }
         }
